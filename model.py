@@ -1,0 +1,329 @@
+"""GPT-2 in plain PyTorch, with its key/value cache as an argument and as a result.
+
+The cache is the one idea this project hangs on. A transformer sees its past only through the keys and values that
+each layer computed for it, so whoever hands those in can steer the model:
+
+    logits, cache = model(idx)                                   # read a text
+    logits, cache = model(more, past_kv=cache)                   # read on, as if it were one text
+    logits, _ = model(idx, past_kv=adapter.past_kv(model))       # read on after a *learned* past
+
+Symbols, the same in every file:
+
+    B  batch             P  virtual tokens, or any past     C  n_embd, the width of the model
+    T  new positions     S  = P + T, the keys               H  n_head
+    V  vocab_size        L  n_layer                         D  = C / H, the width of a head
+
+Architecture: GPT-2 (Radford et al. 2019), its parts under their own names, so that its weights load by name. Without
+dropout: the base is nearly always frozen, and dropout would only add noise to what the adapter sees.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data import base_directory, read_json, replaced_directory, saved_file
+
+KVCache = list[tuple[Tensor, Tensor]]  # per layer (keys, values), each (B, H, S, D), or batch 1: shared by all rows
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes of a GPT; the defaults are those of the small base that train.py makes."""
+
+    vocab_size: int
+    block_size: int = 128  # the most positions that it can see, virtual tokens included
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    layer_norm_epsilon: float = 1e-5
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """T queries, S keys -> (T, S) bool, True where a query may look.
+
+    Query t stands at position P + t, with P = S - T, and may see keys 0 … P + t: the whole past and itself. So the
+    triangle touches the lower right corner; torch's `is_causal=True` puts it into the upper left one.
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+
+
+def extend(past: Tensor, new: Tensor, n_past: int) -> Tensor:
+    """(B or 1, H, ≥ P, D) past keys (or values), (B, H, T, D) new ones -> (B, H, S, D).
+
+    A past longer than its n_past filled positions is a buffer of `generate`, and the new ones are written into it:
+    to copy the past for each token would cost more than the token. Training concatenates, for autograd's sake.
+    """
+    S = n_past + new.size(2)
+    if past.size(2) >= S:
+        past[:, :, n_past:S] = new
+        return past[:, :, :S]
+    return torch.cat([past.expand(new.size(0), -1, -1, -1), new], dim=2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, mask: Tensor | None):
+        """(B, T, C) -> (B, T, C), and the (keys, values) it attended to, (B, H, S, D) each."""
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        if past is not None:
+            k, v = extend(past[0], k, n_past), extend(past[1], v, n_past)  # (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q·k / √D) v: (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, mask: Tensor | None):
+        """(B, T, C) -> (B, T, C), and this layer's (keys, values)."""
+        attended, kv = self.attn(self.ln_1(x), past, n_past, mask)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), kv
+
+
+class GPT(nn.Module):
+    """The language model: token ids, and whatever past it is given, to logits."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads of one width")
+        self.config = config
+        self.name = "an unsaved model"  # what messages call it; from_pretrained puts the directory here
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # GPT-2 §2.3: what is added to the residual stream starts smaller, by one over the root of its 2 L terms
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wte.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def freeze(self) -> "GPT":
+        """-> self, its weights closed to gradients. Gradients still flow *through* it, to what was fed in."""
+        return self.requires_grad_(False)
+
+    def forward(self, idx: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
+        """(B, T) ids -> (B, T, V) logits, and the cache of past and new positions.
+
+        The new tokens stand at positions P … P+T-1, behind the past. Raises ValueError if P + T > block_size.
+        """
+        hidden, cache = self.forward_embeddings(self.wte(idx), past_kv)
+        return self.unembed(hidden), cache
+
+    def forward_embeddings(self, x: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
+        """(B, T, C) token vectors, real or learned -> (B, T, C) hidden states after ln_f, and the cache."""
+        return self._forward(x, past_kv, past_kv[0][0].size(2) if past_kv else 0)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """(…, C) hidden states -> (…, V) logits. The head is tied: its matrix is the token embedding."""
+        return F.linear(hidden, self.wte.weight)
+
+    def _forward(self, x: Tensor, past_kv: KVCache | None, n_past: int) -> tuple[Tensor, KVCache]:
+        T = x.size(1)
+        S = n_past + T
+        if S > self.config.block_size:
+            raise ValueError(
+                f"{n_past} virtual or past + {T} new positions > block_size {self.config.block_size}: "
+                "shorten the input or lower --n-virtual"
+            )
+        x = x + self.wpe(torch.arange(n_past, S, device=x.device))  # (B, T, C)
+        mask = causal_mask(T, S, x.device) if T > 1 else None  # a single query may see everything
+        cache = []
+        for layer, block in enumerate(self.h):
+            x, kv = block(x, past_kv[layer] if past_kv else None, n_past, mask)
+            cache.append(kv)
+        return self.ln_f(x), cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        past_kv: KVCache | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T + new) ids, new ≤ max_new_tokens.
+
+        Greedy at temperature 0, otherwise sampled, among the top_k likeliest tokens if given. A row that has emitted
+        stop_token is filled up with it, and all end when every row has. The last token is never read, so
+        P + T + max_new_tokens may reach block_size + 1.
+        """
+        logits, cache = self.forward(idx, past_kv)  # the prefill
+        n_past = cache[0][0].size(2)
+        room = n_past + max_new_tokens - 1
+        if room > self.config.block_size:
+            raise ValueError(
+                f"{n_past} positions + {max_new_tokens} new tokens > block_size {self.config.block_size} + 1: "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        buffers = [tuple(torch.cat([t, t.new_empty(*t.shape[:2], room - n_past, t.size(3))], dim=2) for t in kv) for kv in cache]
+        done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for step in range(max_new_tokens):
+            token = choose(logits[:, -1].float(), temperature, top_k, generator)  # (B, 1)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            idx = torch.cat([idx, token], dim=1)
+            if done.all() or step == max_new_tokens - 1:
+                break
+            hidden, _ = self._forward(self.wte(token), buffers, n_past + step)
+            logits = self.unembed(hidden)
+        return idx
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors as Hugging Face's GPT2LMHeadModel does."""
+        c = self.config
+        config = {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "activation_function": "gelu_new",
+            "vocab_size": c.vocab_size,
+            "n_positions": c.block_size,
+            "n_layer": c.n_layer,
+            "n_head": c.n_head,
+            "n_embd": c.n_embd,
+            "layer_norm_epsilon": c.layer_norm_epsilon,
+            "bos_token_id": c.vocab_size - 1,  # GPT-2's last token is the end of text, and it is the first one too
+            "eos_token_id": c.vocab_size - 1,
+        }
+        tensors = {f"transformer.{name}": stored(name, t).contiguous() for name, t in self.state_dict().items()}
+        with replaced_directory(directory) as new:
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path) -> "GPT":
+        """A Hugging Face GPT-2 directory, or one of OpenAI's names -> GPT, in the dtype of its file.
+
+        The file is mapped, not read: weights enter memory when they are first used. Raises ValueError, with what was
+        found, for a missing, broken or foreign file.
+        """
+        directory = base_directory(name_or_dir)
+        with torch.device("meta"):
+            model = cls(read_config(directory))
+        model.name = str(name_or_dir)
+        found = {key.removeprefix("transformer."): t for key, t in read_tensors(saved_file(directory, "model.safetensors")).items()}
+        weights = {}
+        for name, parameter in model.state_dict().items():
+            if name not in found:
+                raise ValueError(f"{directory}/model.safetensors has no {name}: it is not the file of a GPT-2 of {model.config}")
+            weights[name] = stored(name, found.pop(name))
+            if weights[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{directory}: {name} has shape {tuple(weights[name].shape)}, config.json asks for {tuple(parameter.shape)}"
+                )
+        head = found.pop("lm_head.weight", weights["wte.weight"])
+        if not torch.equal(head, weights["wte.weight"]):
+            raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; only a tied head can be loaded")
+        unknown = [name for name in found if not name.endswith((".attn.bias", ".attn.masked_bias"))]  # old mask buffers
+        if unknown:
+            raise ValueError(f"{directory}/model.safetensors holds {unknown[0]}, which a GPT-2 does not have")
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def fingerprint(self) -> str:
+        """-> 16 hex digits that tell one base from another.
+
+        Taken of the weights rounded to bfloat16, so that a base has one fingerprint in every dtype that it runs in.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        for parameter in self.state_dict().values():
+            digest.update(parameter.float().bfloat16().contiguous().cpu().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """(B, V) logits -> (B, 1) ids of the next tokens."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)
+
+
+def stored(name: str, weight: Tensor) -> Tensor:
+    """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out)."""
+    return weight.t() if ".c_" in name and name.endswith("weight") else weight
+
+
+def read_config(directory: Path) -> GPTConfig:
+    """config.json -> GPTConfig. What this architecture does not have is refused by name, never loaded wrongly."""
+    path = saved_file(directory, "config.json")
+    found = read_json(path)
+    C = found.get("n_embd")
+    known = {
+        "model_type": ["gpt2"],
+        "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+        "n_inner": [None, C and 4 * C],
+        "tie_word_embeddings": [True],
+        "scale_attn_weights": [True],
+        "scale_attn_by_inverse_layer_idx": [False],
+        "add_cross_attention": [False],
+    }
+    for key, values in known.items():
+        if key in found and found[key] not in values:
+            raise ValueError(f"{path}: {key} is {found[key]!r}; this GPT-2 has {values[0]!r}")
+    try:
+        return GPTConfig(
+            vocab_size=found["vocab_size"],
+            block_size=found["n_positions"],
+            n_layer=found["n_layer"],
+            n_head=found["n_head"],
+            n_embd=found["n_embd"],
+            layer_norm_epsilon=found.get("layer_norm_epsilon", 1e-5),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}: it is not the config.json of a GPT-2") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file -> its tensors by name, mapped into memory. Raises ValueError if it is broken."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): save or download it again") from None

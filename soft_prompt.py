@@ -1,0 +1,97 @@
+"""Prompt tuning (Lester et al. 2021): learn P vectors in place of word embeddings, before the text of a frozen model.
+
+Where a prefix is a cache that is learned, a soft prompt is an *input* that is learned. The frozen model itself computes
+the cache from it, layer by layer, so P · C numbers steer all L layers:
+
+                  P virtual tokens      T new tokens
+               ┌───────────────────┬───────────────────┐
+      layer L  │  k, v: computed   │  k, v: computed   │ ◄── the queries of the new tokens
+        …      │    …     ▲        │    …     ▲        │     look at both
+      layer 1  │  k, v: computed   │  k, v: computed   │
+               ├──────────┼────────┼──────────┼────────┤
+      inputs   │  vectors: learned │  wte[ids]: frozen │
+               └───────────────────┴───────────────────┘
+                    (1, P, C)           (B, T, C)
+
+The vectors are run at batch 1, once a training step for all rows, and attention broadcasts their cache.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT, KVCache
+from prefix import read_adapter, trainable, write_adapter
+
+
+class SoftPrompt(nn.Module):
+    """P virtual tokens as learned input vectors, (P, C)."""
+
+    def __init__(self, vectors: Tensor):
+        """(P, C) vectors to start from -> a soft prompt that trains them."""
+        super().__init__()
+        self.vectors = nn.Parameter(trainable(vectors))
+
+    @classmethod
+    def text(cls, model: GPT, ids: Tensor) -> "SoftPrompt":
+        """(P,) ids of a text -> their embeddings. Untrained, it acts exactly as that text in the context would."""
+        return cls(model.wte(ids))
+
+    @classmethod
+    def vocab(cls, model: GPT, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
+        """ids of frequent tokens -> the embeddings of P of them, drawn without regard to order (Lester et al. §3.2)."""
+        drawn = torch.multinomial(torch.ones(len(ids)), n_virtual, replacement=n_virtual > len(ids), generator=generator)
+        return cls.text(model, ids[drawn.to(ids.device)])
+
+    @classmethod
+    def random(cls, model: GPT, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
+        """-> P vectors uniform in ±0.5 (Lester et al. §3.2), many times the length of a real embedding."""
+        return cls(torch.rand(n_virtual, model.config.n_embd, generator=generator).to(model.device) - 0.5)
+
+    def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
+        """-> L pairs (k, v) of (1, H, P, D), as the model computes them from the vectors; behind `past_kv` if given.
+
+        Raises ValueError if the model is of another width.
+        """
+        P, C = self.vectors.shape
+        if C != model.config.n_embd:
+            raise ValueError(
+                f"the soft prompt has vectors of {C} numbers, but {model.name} has n_embd {model.config.n_embd}: "
+                "load it onto the base that it was trained on"
+            )
+        B = past_kv[0][0].size(0) if past_kv else 1
+        _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv)
+        return cache
+
+    @torch.no_grad()
+    def nearest_tokens(self, model: GPT, k: int = 1) -> Tensor:
+        """-> (P, k) ids of the k vocabulary entries nearest to each vector, by cosine (Lester et al. §7).
+
+        By the angle alone, since trained vectors grow far longer than any embedding.
+        """
+        similarity = F.normalize(self.vectors, dim=1) @ F.normalize(model.wte.weight.to(self.vectors.dtype), dim=1).T
+        return similarity.topk(k, dim=1).indices
+
+    def n_stored(self) -> int:
+        """-> how many numbers `save` writes."""
+        return self.vectors.numel()
+
+    def save(self, directory: str | Path, model: GPT | None = None) -> None:
+        """Writes a PEFT directory, and with a model given the fingerprint of that base."""
+        own = {
+            "prompt_tuning_init": "RANDOM",  # what PEFT would do before loading these vectors; any other needs a text
+            "prompt_tuning_init_text": None,
+            "tokenizer_name_or_path": None,
+            "tokenizer_kwargs": None,
+            "num_layers": model.config.n_layer if model else None,
+            "num_attention_heads": model.config.n_head if model else None,
+        }
+        write_adapter(directory, "PROMPT_TUNING", self.vectors, own, model)
+
+    @classmethod
+    def load(cls, directory: str | Path, model: GPT | None = None) -> "SoftPrompt":
+        """A PEFT prompt-tuning directory -> SoftPrompt. With a model given, it must be the base it was trained on."""
+        vectors, _ = read_adapter(directory, "PROMPT_TUNING", model)
+        return cls(vectors)

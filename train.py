@@ -1,0 +1,442 @@
+"""Pretrain a small base once, freeze it, steer it with a prefix or a soft prompt, and show what happened.
+
+    python train.py --method prefix                                      tune, evaluate, save
+    python train.py --method soft_prompt --task chat                     another method, another task
+    python train.py --method prefix --base gpt2 --data my.jsonl          your model, your data
+    python train.py --adapter out/sentence/prefix --prompt "name : …"    use what was trained
+"""
+
+import argparse
+import math
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+from data import IGNORE, Batch, Row
+from model import GPT, GPTConfig, KVCache
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+
+DEFAULT_BASE = Path("out/base")
+
+
+class Recipe(NamedTuple):
+    """What a method trains with unless told otherwise; the learning rates were chosen on validation data."""
+
+    adapters: tuple[type[nn.Module], ...]
+    n_virtual: int  # of each adapter
+    lr: float
+    steps: int
+
+
+RECIPES = {
+    "prefix": Recipe((Prefix,), 8, 3e-2, 150),
+    "soft_prompt": Recipe((SoftPrompt,), 6, 1e-1, 200),
+    "both": Recipe((Prefix, SoftPrompt), 4, 5e-2, 150),
+    "full": Recipe((), 0, 5e-4, 150),
+    "none": Recipe((), 0, 0.0, 0),
+}
+
+# -------------------------------------------------------------------------------------------------------- the objective
+
+
+def stacked_past_kv(adapters: list[nn.Module], model: GPT) -> KVCache | None:
+    """Adapters, the foremost first -> the cache of them all: each one is computed behind those before it."""
+    past_kv = None
+    for adapter in adapters:
+        past_kv = adapter.past_kv(model, past_kv)
+    return past_kv
+
+
+def target_logits(model: GPT, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
+    """-> (N, V) float32 logits and (N,) ids, at the N positions of the batch that predict a target.
+
+    The source is read, not scored, so its hidden states skip the projection onto the vocabulary, on GPT-2 a third of
+    the arithmetic of a step.
+    """
+    hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)  # (B, T, C)
+    scored = batch.targets != IGNORE  # (B, T)
+    return model.unembed(hidden[scored]).float(), batch.targets[scored]
+
+
+@torch.no_grad()
+def evaluate(model: GPT, adapters: list[nn.Module], rows: list[Row], batch_size: int) -> tuple[float, list[bool]]:
+    """-> the loss in nats per target token, and for each row whether the greedy answer is its target exactly.
+
+    Greedy decoding gives the target if and only if, at each of its positions and after the target so far, the likeliest
+    token is the target's. So one forward pass tells, and nothing need be generated.
+    """
+    past_kv = stacked_past_kv(adapters, model)
+    total, count, exact = 0.0, 0, [True] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].source) + len(rows[i].target))  # less padding
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        batch = data.batch_of([rows[i] for i in chunk], model.device)
+        logits, targets = target_logits(model, batch, past_kv)
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(targets)
+        row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row that a scored position is in
+        for b in row_of[logits.argmax(dim=-1) != targets].unique().tolist():
+            exact[chunk[b]] = False
+    return total / count, exact
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def tune(model: GPT, adapters: list[nn.Module], rows: list[Row], args: argparse.Namespace) -> None:
+    """Trains the adapters, or the model itself if there are none. Raises ValueError if the loss stops being a number."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model, adapters), lr=args.lr, weight_decay=0.0)
+
+    def rate(step: int) -> float:  # a short warm-up, then a straight line down (Li & Liang, appendix)
+        return min((step + 1) / 10, (args.steps - step) / args.steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    progress = Progress(args.steps)
+    for batch in shuffled_batches(rows, args, model.device):
+        logits, targets = target_logits(model, batch, stacked_past_kv(adapters, model))
+        loss = F.cross_entropy(logits, targets)
+        check_finite(loss.item(), args.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.show(loss.item(), batch.idx.numel())
+
+
+def trainable_parameters(model: GPT, adapters: list[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in (*adapters, model) for p in module.parameters() if p.requires_grad]
+
+
+def check_finite(loss: float, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became {loss} with --lr {lr:g}: lower it. Nothing was saved, nothing overwritten")
+
+
+def shuffled_batches(rows: list[Row], args: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
+    """-> one batch a step; every row comes once, in a new order, before any comes again."""
+    rng = random.Random(args.seed)
+    queue: list[Row] = []
+    for _ in range(args.steps):
+        while len(queue) < args.batch_size:
+            queue += rng.sample(rows, len(rows))
+        yield data.batch_of(queue[: args.batch_size], device)
+        del queue[: args.batch_size]
+
+
+def pretrain(out: Path, corpus: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> None:
+    """Makes the small base, with its tokenizer, from the restaurant world or from the user's own texts.
+
+    Documents are packed into one stream and read in windows that start anywhere, so that the base meets every text at
+    every position: a prefix will shift the text, and positions that a base never saw it cannot use.
+    """
+    texts = [data.read_text(path) for path in corpus]
+    if not texts:
+        rng = random.Random(seed)
+        texts = [data.random_document(rng) for _ in range(4 * steps * batch_size)]
+    merges = data.train_bpe(texts[:5000], n_merges=700)
+    tokenizer = data.build_tokenizer(data.ranks_of(merges))
+    stream = torch.tensor([i for ids in tokenizer.encode_ordinary_batch(texts) for i in (*ids, tokenizer.eot_token)])
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(tokenizer.n_vocab)).to(device)
+    window = torch.arange(model.config.block_size + 1)
+    if len(stream) < 10 * len(window):
+        raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * len(window)} to learn from")
+    # Muon (Jordan et al. 2024) on the matrices of the blocks: they learn to copy in half the steps that Adam needs
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1),
+        torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+
+    def rate(step: int) -> float:  # warm-up, a plateau, and a straight line down over the last 30 %
+        return min(1, (step + 1) / 30, (steps - step) / (0.3 * steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    generator = torch.Generator().manual_seed(seed)
+    progress = Progress(steps)
+    for _ in range(steps):
+        starts = torch.randint(len(stream) - len(window) + 1, (batch_size, 1), generator=generator)
+        tokens = stream[starts + window].to(device)  # (B, T + 1)
+        logits, _ = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        for stepper in optimizers + schedules:
+            stepper.step()
+        progress.show(loss.item(), tokens[:, 1:].numel())
+    with data.replaced_directory(out) as new:
+        model.save_pretrained(new)
+        data.save_tokenizer(new, merges)
+
+
+class Progress:
+    """One line with step, loss, tokens/s and time left: refreshed in place on a terminal, ten lines where piped."""
+
+    def __init__(self, steps: int):
+        self.steps, self.step, self.tokens, self.begin = steps, 0, 0, time.perf_counter()
+
+    def show(self, loss: float, tokens: int) -> None:
+        self.step += 1
+        self.tokens += tokens
+        terminal, last = sys.stdout.isatty(), self.step == self.steps
+        if not (last or self.step % (5 if terminal else math.ceil(self.steps / 10)) == 0):
+            return
+        seconds = time.perf_counter() - self.begin
+        left = seconds / self.step * (self.steps - self.step)
+        line = f"step {self.step:4}/{self.steps}  loss {loss:.3f}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
+        print(f"\r{line}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- set-up
+
+
+def new_adapters(args: argparse.Namespace, model: GPT, tokenizer: tiktoken.Encoding, rows: list[Row]) -> list[nn.Module]:
+    """-> the untrained adapters of a method, foremost first."""
+    P, kinds = args.n_virtual, RECIPES[args.method].adapters
+    ids = [i for row in rows for i in row.source + row.target]
+    # By default the end of a training example, so that the input comes where a new document would
+    text = tokenizer.encode_ordinary(args.init_text) if args.init_text else (rows[0].source + rows[0].target)[-len(kinds) * P :]
+    text *= len(kinds) * P  # as often as need be
+    frequent = [token for token, _ in Counter(ids).most_common(5000)]
+    generator = torch.Generator().manual_seed(args.seed)
+    adapters = []
+    for i, kind in enumerate(kinds):
+        starts = {
+            "text": (torch.tensor(text[i * P : (i + 1) * P], device=model.device),),
+            "vocab": (torch.tensor(frequent, device=model.device), P, generator),
+            "random": (P, generator),
+            "zero": (P,),
+        }
+        known = [name for name in starts if hasattr(kind, name)]
+        if args.init not in known:
+            raise ValueError(f"--init {args.init} is not for a {kind.__name__}: choose one of {', '.join(known)}")
+        adapters.append(getattr(kind, args.init)(model, *starts[args.init]))
+        if args.mid_dim and kind is Prefix:
+            adapters[-1].reparametrise(args.mid_dim)
+    return adapters
+
+
+def load_adapter(directory: str, model: GPT) -> nn.Module:
+    """A PEFT directory -> the Prefix or SoftPrompt that it holds."""
+    kinds = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": SoftPrompt}
+    kind = data.read_json(data.saved_file(Path(directory), "adapter_config.json")).get("peft_type")
+    if kind not in kinds:
+        raise ValueError(f"{directory} is an adapter of type {kind}: only {' and '.join(kinds)} can be loaded")
+    return kinds[kind].load(directory, model).to(model.device)
+
+
+def load_examples(args: argparse.Namespace) -> tuple[str, dict[str, list[data.Example]]]:
+    """-> a name for the task, and its train, validation and test examples.
+
+    With --data, the validation examples are the test examples too: nothing is selected on them.
+    """
+    if not args.data:
+        sizes = {"train": 1000, "validation": 200, "test": 500}
+        return args.task, {split: data.task_examples(args.task, split, n, args.seed) for split, n in sizes.items()}
+    train = data.read_jsonl(args.data)
+    if args.val_data:
+        held_out = data.read_jsonl(args.val_data)
+    else:
+        random.Random(args.seed).shuffle(train)
+        n = math.ceil(len(train) / 10)
+        held_out, train = train[:n], train[n:]
+        if not train:
+            raise ValueError(f"{args.data} has one example, and a tenth is held out: give more, or --val-data")
+    return Path(args.data).stem, {"train": train, "validation": held_out, "test": held_out}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """-> the device asked for, or the best there is. Raises ValueError if it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(kind for kind, there in present.items() if there)
+    if not present.get(name.split(":")[0]):
+        raise ValueError(f"--device {name} is not there: this machine has {', '.join(k for k in present if present[k])}")
+    return torch.device(name)
+
+
+def answer(model: GPT, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, source: list[int], limit: int) -> str:
+    """Source ids -> the greedy continuation as text, of at most `limit` tokens, up to the end of text."""
+    past_kv = stacked_past_kv(adapters, model)
+    room = model.config.block_size + 1 - len(source) - (past_kv[0][0].size(2) if past_kv else 0)
+    ids = model.generate(
+        torch.tensor([source], device=model.device), min(limit, max(room, 1)), past_kv, stop_token=tokenizer.eot_token
+    )
+    return tokenizer.decode([i for i in ids[0, len(source) :].tolist() if i != tokenizer.eot_token])
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--method", choices=[*RECIPES, "pretrain"], default="prefix", help="(default: prefix)")
+    what.add_argument("--task", default="sentence", help=f"{', '.join(data.TASKS)} (default: sentence)")
+    what.add_argument("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
+    what.add_argument("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a tenth of --data, held out)")
+    what.add_argument("--base", metavar="DIR", help=f"Hugging Face GPT-2 directory, or {', '.join(data.HUB_REPOS)} (default: {DEFAULT_BASE})")
+    what.add_argument("--corpus", metavar="FILE", nargs="+", default=[], help="with --method pretrain: texts to make the base of (default: restaurants)")
+    how = parser.add_argument_group("the adapter")
+    how.add_argument("--n-virtual", metavar="P", type=int, help="virtual tokens of each adapter (default: prefix 8, soft_prompt 6, both 4 each)")
+    how.add_argument("--init", choices=["text", "vocab", "random", "zero"], default="text", help="starting point (default: text)")
+    how.add_argument("--init-text", metavar="TEXT", help="for --init text (default: the first training examples)")
+    how.add_argument("--mid-dim", metavar="M", type=int, help="train the prefix through an MLP of this width (default: directly)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--steps", type=int, help="optimizer steps (default: by method)")
+    train.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
+    train.add_argument("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
+    train.add_argument("--seed", type=int, default=0, help="of the data, the order and the initialisation (default: 0)")
+    train.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    train.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base; adapters stay in float32 (default: float32)")
+    use = parser.add_argument_group("saving and using")
+    use.add_argument("--out", metavar="DIR", help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
+    use.add_argument("--adapter", metavar="DIR", nargs="+", default=[], help="trained adapters to use, foremost first, with --prompt")
+    use.add_argument("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
+    args = parser.parse_args(argv)
+    for name in ("n_virtual", "mid_dim", "steps", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr}: give a positive number")
+    if args.adapter and args.prompt is None:
+        raise ValueError("--adapter trains nothing and needs a --prompt to complete")
+    if args.init_text and args.init != "text":
+        raise ValueError(f"--init-text goes with --init text, not with --init {args.init}")
+    return args
+
+
+def prepare_base(args: argparse.Namespace, device: torch.device) -> tuple[str | Path, float]:
+    """-> the base's directory or name, and the seconds spent on pretraining it, 0 where it was there already."""
+    asked = args.method == "pretrain"
+    base = Path(args.out or DEFAULT_BASE) if asked else args.base or DEFAULT_BASE
+    data.restore(DEFAULT_BASE)
+    if not asked and (base != DEFAULT_BASE or base.exists()):
+        return base, 0.0
+    data.check_replaceable(base)
+    print(f"pretraining the small base, once, into {base}")
+    begin = time.perf_counter()
+    # A base that a tuning run makes on its way is always the same one, whatever that run's own flags
+    pretrain(base, args.corpus, asked and args.steps or 450, batch_size=16, seed=args.seed if asked else 0, device=device)
+    return base, time.perf_counter() - begin
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Command-line arguments -> what was measured. Raises ValueError, in one sentence, for what a user got wrong."""
+    args = parse(argv)
+    device = pick_device(args.device)
+    base, seconds_pretrain = prepare_base(args, device)
+    if args.method == "pretrain":
+        return {"method": "pretrain", "seconds_pretrain": seconds_pretrain, "out": str(base)}
+    tokenizer = data.load_tokenizer(base)
+    model = GPT.from_pretrained(base).to(device, getattr(torch, args.dtype)).freeze()
+    if args.prompt is not None:
+        adapters = [load_adapter(directory, model) for directory in args.adapter]
+        completion = answer(model, adapters, tokenizer, data.source_ids(tokenizer, args.prompt), limit=256)
+        print(completion)
+        return {"method": "prompt", "completion": completion}
+
+    recipe = RECIPES[args.method]
+    args.n_virtual = args.n_virtual or recipe.n_virtual
+    args.steps = args.steps or recipe.steps
+    args.lr = args.lr or recipe.lr
+    task, examples = load_examples(args)
+    out = Path(args.out or f"out/{task}/{args.method}")
+    data.check_replaceable(out)
+    limit = model.config.block_size - args.n_virtual * len(recipe.adapters)
+    if limit < 1:
+        raise ValueError(f"--n-virtual {args.n_virtual} fills the context of {model.config.block_size}: lower it")
+    train, validation, test = (data.encode(tokenizer, examples[split], limit) for split in ("train", "validation", "test"))
+    torch.manual_seed(args.seed)
+    adapters = new_adapters(args, model, tokenizer, train)
+    model.requires_grad_(args.method == "full")
+    n_base = sum(p.numel() for p in model.parameters())
+    n_trainable = sum(p.numel() for p in trainable_parameters(model, adapters))
+    n_stored = sum(adapter.n_stored() for adapter in adapters) or n_trainable
+    percent = 100 * n_stored / n_base
+
+    first = examples["train"][0]
+    print(f"base     {base}: {n_base:,} parameters, context {model.config.block_size}, {args.dtype} on {device}")
+    print(f"task     {task}: {first.input!r} -> {first.target!r}")
+    print(f"method   {args.method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base")
+    loss_before, _ = evaluate(model, [], validation, args.batch_size)
+    loss_init, _ = evaluate(model, adapters, validation, args.batch_size)
+    print(f"before   validation loss {loss_before:.3f}, with the untrained adapter {loss_init:.3f}")
+    loss_frozen, exact_frozen = evaluate(model, [], test, args.batch_size)
+    begin = time.perf_counter()
+    if args.method != "none":
+        tune(model, adapters, train, args)
+    seconds_train = time.perf_counter() - begin
+    loss, exact = evaluate(model, adapters, test, args.batch_size)
+    check_finite(loss, args.lr)
+
+    print(f"test     frozen  loss {loss_frozen:.3f}  exact match {share(exact_frozen):5.1f} %")
+    print(f"         tuned   loss {loss:.3f}  exact match {share(exact):5.1f} %\n")
+    best_last = sorted(range(len(test)), key=exact.__getitem__)
+    for i in (best_last[:1] + best_last[-2:])[: len(test)]:  # a wrong one first, if there is one
+        got = answer(model, adapters, tokenizer, test[i].source, limit=len(test[i].target))
+        print(f"source   {examples['test'][i].input}\nexpected {examples['test'][i].target}\ngot      {got}\n")
+    if args.method != "none":
+        save(out, adapters, model, base)
+    return {
+        "method": args.method,
+        "task": task,
+        "n_trainable": n_trainable,
+        "n_stored": n_stored,
+        "n_base": n_base,
+        "percent": percent,
+        "loss_frozen": loss_frozen,
+        "loss_init": loss_init,
+        "loss": loss,
+        "exact_match_frozen": share(exact_frozen),
+        "exact_match": share(exact),
+        "seconds_pretrain": seconds_pretrain,
+        "seconds_train": seconds_train,
+        "out": str(out),
+    }
+
+
+def share(hits: list[bool]) -> float:
+    """-> the percentage of True."""
+    return 100 * sum(hits) / len(hits)
+
+
+def save(out: Path, adapters: list[nn.Module], model: GPT, base: str | Path) -> None:
+    """Saves one adapter to `out`, a stack to folders in it, or, where there is no adapter, the tuned model. Says how to use it."""
+    if len(adapters) == 1:
+        folders = [out]
+        adapters[0].save(out, model)
+    elif adapters:
+        folders = [out / name for name in ("prefix", "soft_prompt")]
+        with data.replaced_directory(out) as new:
+            for folder, adapter in zip(folders, adapters):
+                adapter.save(new / folder.name, model)
+    else:
+        with data.replaced_directory(out) as new:
+            model.save_pretrained(new)
+            for file in ("vocab.json", "merges.txt"):
+                shutil.copy(data.base_directory(base) / file, new)
+        print(f'saved to {out}; use it with: python train.py --base {out} --prompt "…"')
+        return
+    print(f'saved to {out}; use it with: python train.py --base {base} --adapter {" ".join(map(str, folders))} --prompt "…"')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
