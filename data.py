@@ -220,7 +220,7 @@ class Record(NamedTuple):
 
 VALUES = Record(
     "Golden Silver Royal Little Happy Green Blue Red Grand Lucky Old New Crystal Sunny Quiet Wild Noble Hidden".split(),
-    "Palace Dragon Garden Kitchen Table House Lion Rose Bridge Mill Harbour Lantern Oak Swan Crown Fox Moon Anchor".split(),
+    "Palace Dragon Garden Kitchen Table House Lion Rose Bridge Mill Lantern Oak Swan Crown Fox Moon Anchor Star".split(),
     "Thai Indian French Greek Turkish Polish Korean Spanish Mexican English Chinese Italian".split(),
     "riverside station harbour market castle museum park university".split(),
     "cheap fair moderate high low steep modest average".split(),
@@ -239,10 +239,8 @@ def successor(r: Record) -> Record:
 FORMS: dict[str, Callable[[Record], str]] = {
     "table": lambda r: f"name : {r.first} {r.second} | food : {r.food} | area : {r.area} | price : {r.price} | rating : {r.rating}",
     "sentence": lambda r: f"The {r.first} {r.second} serves {r.food} food in the {r.area} area , asks {r.price} prices and is rated {r.rating} of 5 .",
-    "formal": lambda r: f"We recommend the {r.first} {r.second} , rated {r.rating} of 5 , near the {r.area} , for its {r.food} menu at {r.price} prices .",
     "chat": lambda r: f"hey , try {r.first} {r.second} by the {r.area} ! {r.food} , {r.price} , {r.rating} of 5",
     "advert": lambda r: f"Tonight : {r.food} at the {r.first} {r.second} ! rated {r.rating} of 5 , {r.price} , at the {r.area}",
-    "question": lambda r: f"Where is {r.price} {r.food} food near the {r.area} ? At the {r.first} {r.second} , rated {r.rating} of 5 .",
     "review": lambda r: f"I had {r.food} food at the {r.first} {r.second} in the {r.area} area : {r.price} and {TASTE[r.rating]} .",
     "verdict": lambda r: VERDICT[r.rating],
     "message": lambda r: f"Hello , does the {r.first} {r.second} at the {r.area} still serve {r.food} food ?",
@@ -254,9 +252,9 @@ FORMS: dict[str, Callable[[Record], str]] = {
 
 # What pretraining documents hold: a source, and the forms that may follow it.
 DOCUMENTS = {
-    "table": ["sentence", "formal", "chat", "advert", "question"],
-    "sentence": ["table", "formal", "chat", "advert", "question"],
-    "review": ["table", "sentence", "formal", "advert", "question", "verdict"],
+    "table": ["sentence", "chat", "advert"],
+    "sentence": ["table", "chat", "advert"],
+    "review": ["table", "sentence", "advert", "verdict"],
     "message": ["polite", "casual", "terse"],
 }
 
@@ -310,11 +308,11 @@ def random_record(rng: random.Random, split: str) -> Record:
 
 
 def random_document(rng: random.Random) -> str:
-    """-> a training record's source and one to three of its forms, a line each. Three are the likeliest, for several
-    copies of one value are what teaches a model to copy."""
+    """-> a training record's source and one or three of its forms, a line each: a value that comes several times is what
+    teaches a model to copy."""
     record = random_record(rng, "train")
     source = rng.choice(list(DOCUMENTS))
-    forms = rng.sample(DOCUMENTS[source], rng.choice([1, 2, 3, 3]))
+    forms = rng.sample(DOCUMENTS[source], rng.choice([1, 3, 3, 3]))
     return "\n".join(FORMS[form](record) for form in [source, *forms])
 
 
@@ -356,6 +354,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
         for key, value in zip(Example._fields, example):
             if not isinstance(value, str):
                 raise ValueError(f'{path} line {number}: "{key}" is {value!r}, not a string')
+            if value != value.encode(errors="replace").decode():
+                raise ValueError(f'{path} line {number}: "{key}" holds half of a surrogate pair, which is no character')
         examples.append(example)
     return examples
 

@@ -252,9 +252,10 @@ class GPT(nn.Module):
             if name not in found:
                 raise ValueError(f"{directory}/model.safetensors has no {name}: it is not the file of a GPT-2 of {model.config}")
             weights[name] = stored(name, found.pop(name))
-            if weights[name].shape != parameter.shape:
+            if weights[name].shape != parameter.shape or not weights[name].is_floating_point():
                 raise ValueError(
-                    f"{directory}: {name} has shape {tuple(weights[name].shape)}, config.json asks for {tuple(parameter.shape)}"
+                    f"{directory}: {name} is {weights[name].dtype} of shape {tuple(weights[name].shape)}, "
+                    f"config.json asks for {tuple(parameter.shape)}"
                 )
         head = found.pop("lm_head.weight", weights["wte.weight"])
         if not torch.equal(head, weights["wte.weight"]):
@@ -308,17 +309,14 @@ def read_config(directory: Path) -> GPTConfig:
     for key, values in known.items():
         if key in found and found[key] not in values:
             raise ValueError(f"{path}: {key} is {found[key]!r}; this GPT-2 has {values[0]!r}")
-    try:
-        return GPTConfig(
-            vocab_size=found["vocab_size"],
-            block_size=found["n_positions"],
-            n_layer=found["n_layer"],
-            n_head=found["n_head"],
-            n_embd=found["n_embd"],
-            layer_norm_epsilon=found.get("layer_norm_epsilon", 1e-5),
+    sizes = [found.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+    epsilon = found.get("layer_norm_epsilon", 1e-5)
+    if not all(type(n) is int and 0 < n < 10**6 for n in sizes) or sizes[2] > 1000 or not isinstance(epsilon, float):
+        raise ValueError(
+            f"{path}: vocab_size, n_positions, n_layer, n_head, n_embd are {sizes}, layer_norm_epsilon is {epsilon!r}: "
+            "not the sizes of a GPT-2"
         )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it is not the config.json of a GPT-2") from None
+    return GPTConfig(*sizes, epsilon)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -314,8 +314,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--lr {args.lr}: give a positive number")
     if args.adapter and args.prompt is None:
         raise ValueError("--adapter trains nothing and needs a --prompt to complete")
-    if args.init_text and args.init != "text":
-        raise ValueError(f"--init-text goes with --init text, not with --init {args.init}")
+    if args.init_text is not None and (args.init != "text" or not args.init_text):
+        raise ValueError(f"--init-text goes with --init text, and must not be empty: {args.init_text!r}, --init {args.init}")
+    if args.mid_dim and args.method not in ("prefix", "both"):
+        raise ValueError(f"--mid-dim goes with a prefix, not with --method {args.method}")
+    if args.corpus and args.method != "pretrain":
+        raise ValueError(f"--corpus goes with --method pretrain, not with --method {args.method}")
+    if args.method == "full" and args.dtype != "float32":
+        raise ValueError(f"--method full needs --dtype float32: in {args.dtype}, small updates of weights are rounded away")
     return args
 
 
@@ -330,7 +336,7 @@ def prepare_base(args: argparse.Namespace, device: torch.device) -> tuple[str | 
     print(f"pretraining the small base, once, into {base}")
     begin = time.perf_counter()
     # A base that a tuning run makes on its way is always the same one, whatever that run's own flags
-    pretrain(base, args.corpus, asked and args.steps or 450, batch_size=16, seed=args.seed if asked else 0, device=device)
+    pretrain(base, args.corpus, asked and args.steps or 700, batch_size=16, seed=args.seed if asked else 0, device=device)
     return base, time.perf_counter() - begin
 
 
@@ -380,6 +386,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.method != "none":
         tune(model, adapters, train, args)
     seconds_train = time.perf_counter() - begin
+    loss_validation, _ = evaluate(model, adapters, validation, args.batch_size)  # what settings are chosen by
     loss, exact = evaluate(model, adapters, test, args.batch_size)
     check_finite(loss, args.lr)
 
@@ -400,6 +407,7 @@ def main(argv: list[str] | None = None) -> dict:
         "percent": percent,
         "loss_frozen": loss_frozen,
         "loss_init": loss_init,
+        "loss_validation": loss_validation,
         "loss": loss,
         "exact_match_frozen": share(exact_frozen),
         "exact_match": share(exact),

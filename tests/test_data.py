@@ -1,0 +1,286 @@
+"""What the data promises: the same splits everywhere, texts that survive, sentences instead of tracebacks."""
+
+import doctest
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from data import IGNORE, TASKS, VALUES, Example, Record
+
+DIFFICULT = "  two  spaces\tand\n\nlines, don't, 1234567 ½ héllo 日本語 🙂👩‍👩‍👧 \x00\x1b <|endoftext|>  "
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    rng = random.Random(0)
+    data.save_tokenizer(directory, data.train_bpe([data.random_document(rng) for _ in range(500)], 300))
+    return directory
+
+
+def test_the_examples_in_the_docstring_run():
+    assert doctest.testmod(data).failed == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- world
+
+
+def test_the_split_is_the_same_in_another_process():
+    """Arithmetic on the record, never Python's salted hash."""
+    code = "import data, random; r = random.Random(1); print([data.random_record(r, 'test') for _ in range(20)])"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(data.__file__).parent, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
+        for seed in ("1", "2")
+    ]
+    rng = random.Random(1)
+    assert runs[0].stdout.strip() == runs[1].stdout.strip() == str([data.random_record(rng, "test") for _ in range(20)])
+
+
+def test_each_split_has_its_share_of_every_value():
+    """One in eleven, whatever the value: 11 divides none of the sizes."""
+    assert all(len(values) % 11 and len(set(values)) == len(values) for values in VALUES)
+    rng = random.Random(0)
+    records = [Record(*(rng.choice(values) for values in VALUES)) for _ in range(30_000)]
+    for field in range(6):
+        tested = Counter(r[field] for r in records if data.split_of(r) == "test")
+        seen = Counter(r[field] for r in records)
+        assert all(0.04 < tested[value] / seen[value] < 0.15 for value in seen)
+    assert {data.split_of(r) for r in records} == {"train", "validation", "test"}
+
+
+def test_the_base_reads_training_records_only_and_no_pair_of_the_other_tiers():
+    """recombined: both forms are known, never as a pair. new: the target form is in no document."""
+    sources = set(data.DOCUMENTS)
+    rendered = {form for forms in data.DOCUMENTS.values() for form in forms}
+    for task in TASKS.values():
+        assert task.source in sources
+        assert (task.target in data.DOCUMENTS[task.source]) == (task.tier == "elicited")
+        assert (task.target in rendered) == (task.tier != "new")
+    assert Counter(task.tier for task in TASKS.values()) == {"elicited": 4, "recombined": 2, "new": 1}
+    splits = set()
+    original, data.FORMS["table"] = data.FORMS["table"], lambda r: splits.add(data.split_of(r)) or "x"
+    try:
+        rng = random.Random(0)
+        for _ in range(500):
+            data.random_document(rng)
+    finally:
+        data.FORMS["table"] = original
+    assert splits == {"train"}
+
+
+def test_a_document_is_a_source_and_one_or_three_of_its_forms():
+    rng = random.Random(0)
+    lengths = Counter(data.random_document(rng).count("\n") for _ in range(400))
+    assert set(lengths) == {1, 3} and 50 < lengths[1] < 150
+
+
+def test_task_examples_depend_on_seed_and_split_alone():
+    one, again = (data.task_examples("chat", "test", 5, seed=3) for _ in range(2))
+    assert one == again != data.task_examples("chat", "test", 5, seed=4)
+    assert not set(one) & set(data.task_examples("chat", "validation", 200, seed=3))
+    with pytest.raises(ValueError, match="unknown --task 'haiku': choose one of sentence, table, sentiment"):
+        data.task_examples("haiku", "test", 1, 0)
+
+
+def test_the_new_task_is_an_arbitrary_mapping():
+    assert data.successor(Record("Hidden", "Palace", "Thai", "university", "cheap", 5)) == (
+        "Golden", "Dragon", "Indian", "riverside", "fair", 1,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_any_text_survives_its_tokens(tokenizer_dir):
+    tokenizer = data.load_tokenizer(tokenizer_dir)
+    ids = tokenizer.encode_ordinary(DIFFICULT)
+    assert tokenizer.decode(ids) == DIFFICULT and tokenizer.eot_token not in ids
+    assert tokenizer.n_vocab == tokenizer.eot_token + 1
+
+
+def test_merges_come_most_frequent_first():
+    """ab ×4, then abc ×3, then the space before it ×3; ties go to the larger bytes, pairs seen once are left."""
+    assert data.train_bpe(["abc abc abc abd"], 10) == [(b"a", b"b"), (b"ab", b"c"), (b" ", b"abc")]
+    assert data.train_bpe(["aaaa aaaa"], 1) == [(b"a", b"a")]
+    assert len(data.train_bpe(["abc abc abc abd"], 2)) == 2
+
+
+def test_counted_merges_equal_a_plain_recount():
+    """The incremental counts give what counting everything anew after each merge gives."""
+    rng = random.Random(3)
+    words = ["".join(rng.choice("abc") for _ in range(rng.randint(1, 9))) for _ in range(60)]
+    text = " ".join(words)
+    parts = [[bytes([b]) for b in word.encode()] for word in [words[0], *(" " + w for w in words[1:])]]
+    expected = []
+    for _ in range(40):
+        pairs = Counter(pair for word in parts for pair in zip(word, word[1:]))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        expected.append(best)
+        for word in parts:
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == best:
+                    word[j : j + 2] = [word[j] + word[j + 1]]
+                j += 1
+    assert data.train_bpe([text], 40) == expected
+
+
+def test_a_tokenizer_read_again_is_read_anew(tokenizer_dir, tmp_path):
+    """No cache serves an older vocabulary of the same path."""
+    data.save_tokenizer(tmp_path, data.train_bpe(["abc abc"], 2))
+    assert data.load_tokenizer(tmp_path).n_vocab == 259
+    data.save_tokenizer(tmp_path, [])
+    assert data.load_tokenizer(tmp_path).n_vocab == 257
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"a": "b"}', "#v\na b c\nq q\n", "\x00" * 20])
+def test_broken_tokenizer_files_are_refused(tmp_path, file, content):
+    data.save_tokenizer(tmp_path, data.train_bpe(["abc abc abc"], 2))
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=file):
+        data.load_tokenizer(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_source_and_target_tokenize_at_generation_as_in_training(tokenizer_dir):
+    """Whatever the source ends on and the target begins with, the prompt's ids are the row's first ids."""
+    tokenizer = data.load_tokenizer(tokenizer_dir)
+    for text in ("", "The Golden", "ends in a line\n", " ", "<|endoftext|>"):
+        for target in ("The", " The", "\n", ""):
+            (row,) = data.encode(tokenizer, [Example(text, target)], 100)
+            assert row.source == data.source_ids(tokenizer, text)
+            assert tokenizer.decode(row.source) == text + "\n" and tokenizer.decode(row.target[:-1]) == target
+            assert row.target[-1] == tokenizer.eot_token not in row.source + row.target[:-1]
+
+
+def test_a_batch_scores_the_target_and_its_end_and_nothing_else():
+    """Position t predicts token t + 1; rows are padded on the right."""
+    batch = data.batch_of([data.Row([5, 6, 7], [8, 9]), data.Row([4], [3])], torch.device("cpu"))
+    assert batch.idx.tolist() == [[5, 6, 7, 8], [4, 0, 0, 0]]
+    assert batch.targets.tolist() == [[IGNORE, IGNORE, 8, 9], [3, IGNORE, IGNORE, IGNORE]]
+
+
+def test_an_example_too_long_is_named(tokenizer_dir):
+    tokenizer = data.load_tokenizer(tokenizer_dir)
+    examples = [Example("a", "b"), Example("a" * 10, "b" * 10)]
+    n = len(tokenizer.encode_ordinary("a" * 10)) + 1 + len(tokenizer.encode_ordinary("b" * 10))
+    assert len(data.encode(tokenizer, examples, n)) == 2
+    with pytest.raises(ValueError, match=f"example 2 takes {n} positions, and {n - 1} are left .* lower --n-virtual"):
+        data.encode(tokenizer, examples, n - 1)
+
+
+def test_jsonl_is_read_with_empty_lines_and_without_input(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": "a\\u2028b", "target": "é"}\n\n{"target": "c"}\r\n', encoding="utf-8")
+    assert data.read_jsonl(path) == [Example("a\u2028b", "é"), Example("", "c")]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[1]", "line 2 is not an object"),
+        ('{"input": "a"}', 'line 2 is not an object with a "target"'),
+        ('{"target": 3}', 'line 2: "target" is 3, not a string'),
+        ('{"target": "a", "input": null}', 'line 2: "input" is None, not a string'),
+        ('{"target": "a"', "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"target": "\\ud800"}', "line 2.*surrogate"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"target": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        data.read_jsonl(path)
+
+
+def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    for name, message in [("none", "cannot read"), ("empty", "is empty"), ("latin", "cannot read"), (".", "cannot read")]:
+        with pytest.raises(ValueError, match=message):
+            data.read_jsonl(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_directory_is_the_old_one_or_the_new_one(tmp_path):
+    """Whatever step of a save dies, what can be read afterwards is one of the two, whole."""
+    target = tmp_path / "saved"
+
+    def save(content):
+        with data.replaced_directory(target) as new:
+            (new / "config.json").write_text(content)
+
+    save("{}")
+    with pytest.raises(RuntimeError), data.replaced_directory(target) as new:
+        (new / "config.json").write_text("half")
+        raise RuntimeError
+    assert data.saved_file(target, "config.json").read_text() == "{}"
+    target.rename(tmp_path / ".saved.old")  # dead between the two renames
+    (tmp_path / ".saved.new").mkdir()
+    assert data.saved_file(target, "config.json").read_text() == "{}"
+    save('{"a": 1}')
+    assert json.loads(data.saved_file(target, "config.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
+    target = tmp_path / "saved"
+    with data.replaced_directory(target) as new:
+        (new / "config.json").write_text("old")
+    rename = type(target).rename
+
+    def failing(self, other):
+        if self.name == ".saved.new":
+            raise OSError("no space left")
+        return rename(self, other)
+
+    monkeypatch.setattr(type(target), "rename", failing)
+    with pytest.raises(OSError), data.replaced_directory(target) as new:
+        (new / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "old"
+
+
+def test_files_that_are_not_ours_are_never_removed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files .thesis.tex"), data.replaced_directory(tmp_path):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
+    with pytest.raises(ValueError, match="is a file"), data.replaced_directory(tmp_path / "thesis.tex"):
+        pass
+
+
+def test_a_name_is_downloaded_once_or_its_files_are_named(tmp_path, monkeypatch):
+    """With no network: one sentence that says which files to put where. Once they are there, nothing is fetched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fetched = []
+
+    def offline(url, path):
+        fetched.append(url)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="put config.json, vocab.json, merges.txt, model.safetensors of distilgpt2 into"):
+        data.base_directory("distilgpt2")
+    directory = tmp_path / "prefix-tuning" / "distilgpt2"
+    for file in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
+        (directory / file).write_text("")
+    assert data.base_directory("distilgpt2") == directory and len(fetched) == 1
+    assert data.base_directory("some/dir") == Path("some/dir")

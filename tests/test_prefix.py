@@ -1,0 +1,162 @@
+"""What a prefix is: a text's cache without the text, a set, and never a no-op."""
+
+import math
+
+import pytest
+import torch
+from conftest import C, D, H, L, V, random_ids, random_model
+from torch.testing import assert_close
+
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+
+
+def random_prefix(P: int = 4, seed: int = 1) -> Prefix:
+    return Prefix(torch.randn(P, L, 2, H, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_prefix_of_a_text_equals_having_the_text_in_the_context(model):
+    """The keys and values of real text act exactly as the text itself."""
+    text, idx = random_ids(5, seed=1), random_ids(2, 6)
+    both = torch.cat([text.expand(2, 5), idx], dim=1)
+    assert_close(model(idx, Prefix.text(model, text).past_kv(model))[0], model(both)[0][:, 5:])
+
+
+def test_every_row_lands_in_its_layer_head_and_place(model):
+    """(P, L, 2, H, D): no axis is swapped on the way into the cache."""
+    prefix = random_prefix(P=3)
+    for layer, (k, v) in enumerate(prefix.past_kv(model)):
+        assert k.shape == v.shape == (1, H, 3, D)
+        for p in range(3):
+            assert_close(k[0, :, p], prefix.start[p, layer, 0])
+            assert_close(v[0, :, p], prefix.start[p, layer, 1])
+
+
+def test_the_rows_are_a_set(model):
+    """Shuffled, they change nothing: no position is added to learned keys. (A soft prompt is a sequence.)"""
+    prefix, idx = random_prefix(), random_ids(2, 6)
+    shuffled = Prefix(prefix.start[[2, 0, 3, 1]])
+    assert_close(model(idx, shuffled.past_kv(model))[0], model(idx, prefix.past_kv(model))[0])
+
+
+def test_a_zero_prefix_is_not_a_no_op(model):
+    """A zero key has the score 0, which is not minus infinity: it takes its share of the attention."""
+    idx = random_ids(1, 6)
+    with_zero = model(idx, Prefix.zero(model, 3).past_kv(model))[0]
+    nudged = random_model()
+    nudged.wpe.weight.data = nudged.wpe.weight.roll(-3, dims=0)  # undo the shift of positions: what is left is the share
+    assert (nudged(idx, Prefix.zero(model, 3).past_kv(model))[0] - model(idx)[0]).abs().max() > 0.01
+    assert (with_zero - model(idx)[0]).abs().max() > 0.01
+
+
+def test_equal_rows_act_as_one_whose_score_is_larger_by_log_n(model):
+    """n equal keys: e^s + … + e^s = e^(s + log n). Written out for one layer's attention."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, H, n, D, dtype=torch.float64, generator=generator) for n in (1, 6, 6))
+    n = 5
+    k_n = torch.cat([k[:, :, :1].expand(1, H, n, D), k[:, :, 1:]], dim=2)
+    v_n = torch.cat([v[:, :, :1].expand(1, H, n, D), v[:, :, 1:]], dim=2)
+    extra = torch.zeros(1, 6, dtype=torch.float64)
+    extra[0, 0] = math.log(n)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert_close(attention(q, k_n, v_n), attention(q, k, v, attn_mask=extra))
+
+
+def test_rows_that_start_equal_never_part(model):
+    """Their gradients are equal too, which is why zero initialisation trains P rows as one."""
+    prefix = Prefix.zero(model, 4).double()
+    logits, _ = model(random_ids(2, 6), prefix.past_kv(model))
+    logits.logsumexp(dim=-1).sum().backward()
+    assert prefix.start.grad[0].abs().sum() > 0
+    assert_close(prefix.start.grad, prefix.start.grad[:1].expand_as(prefix.start.grad))
+
+
+def test_under_a_prefix_the_attention_among_content_is_only_rescaled(model):
+    """A · (1 - a₀): what content pays to the prefix, a₀, it takes from all content alike (Petrov et al. 2024, §4)."""
+    q, k, p = (torch.randn(H, n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 6, 3))
+    content = torch.softmax(q @ k.mT / math.sqrt(D), dim=-1)
+    under = torch.softmax(q @ torch.cat([p, k], dim=1).mT / math.sqrt(D), dim=-1)
+    a0 = under[..., :3].sum(dim=-1, keepdim=True)
+    assert_close(under[..., 3:], content * (1 - a0))
+    # and the model's attention does just that: with all values zero but the prefix's one, it returns a₀
+    attention = model.h[0].attn
+    attention.c_attn.weight.data[2 * C :] = 0.0
+    attention.c_attn.bias.data[2 * C :] = 0.0
+    attention.c_proj.weight.data, attention.c_proj.bias.data = torch.eye(C).double(), torch.zeros(C).double()
+    x = torch.randn(1, 1, C, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    q1, k1, _ = (t.view(H, 1, D) for t in attention.c_attn(x)[0, 0].split(C))
+    y, _ = attention(x, (p[None], torch.ones_like(p)[None]), 3, None)
+    weights = torch.softmax(q1 @ torch.cat([p, k1], dim=1).mT / math.sqrt(D), dim=-1)
+    assert_close(y.view(H, D), weights[:, 0, :3].sum(dim=-1, keepdim=True).expand(H, D))
+
+
+def test_only_the_prefix_has_gradients(model):
+    prefix = random_prefix()
+    model(random_ids(2, 6), prefix.past_kv(model))[0].sum().backward()
+    assert (prefix.start.grad != 0).all()
+    assert all(p.grad is None for p in model.parameters())
+    assert "model" not in dict(prefix.named_modules()) and len(list(prefix.parameters())) == 1
+
+
+def test_stacking_is_associative(model):
+    """A prefix behind a prefix is the prefix of both; and a past of many rows takes a prefix for each."""
+    a, b, idx = random_prefix(3), random_prefix(2, seed=2), random_ids(2, 5)
+    joined = Prefix(torch.cat([a.start, b.start]))
+    assert_close(b.past_kv(model, a.past_kv(model)), joined.past_kv(model))
+    rows = [tuple(t.expand(2, -1, -1, -1) for t in kv) for kv in a.past_kv(model)]
+    assert_close(model(idx, b.past_kv(model, rows))[0], model(idx, joined.past_kv(model))[0])
+
+
+def test_a_mixed_batch_equals_its_rows_one_by_one(model):
+    """Caches of different adapters, stacked along B, serve one batch; generation too."""
+    a, b, idx = random_prefix(), SoftPrompt.text(model, random_ids(4, seed=3)), random_ids(2, 5)
+    caches = [adapter.past_kv(model) for adapter in (a, b)]
+    mixed = [tuple(torch.cat(pair) for pair in zip(*layer)) for layer in zip(*caches)]
+    assert_close(model(idx, mixed)[0], torch.cat([model(idx[i : i + 1], cache)[0] for i, cache in enumerate(caches)]))
+    one_by_one = [model.generate(idx[i : i + 1], 6, cache) for i, cache in enumerate(caches)]
+    assert model.generate(idx, 6, mixed).tolist() == torch.cat(one_by_one).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- initialisations
+
+
+def test_initialisations_are_what_they_say(model):
+    """zero: zeros. random: N(0, 0.02²), the same for the same generator. text: float32 even on a bfloat16 base."""
+    assert (Prefix.zero(model, 2).start == 0).all()
+    drawn = Prefix.random(model, 200, torch.Generator().manual_seed(0)).start
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.02)
+    assert_close(drawn, Prefix.random(model, 200, torch.Generator().manual_seed(0)).start, rtol=0, atol=0)
+    half = Prefix.text(random_model().bfloat16(), random_ids(4))
+    assert half.start.dtype == torch.float32 and half.past_kv(random_model().bfloat16())[0][0].dtype == torch.bfloat16
+
+
+def test_the_mlp_starts_as_no_change_and_has_the_papers_size(model):
+    """C → M → L·2·C with a tanh between (Li & Liang §4.3), added to a start that is held fixed."""
+    plain, M = random_prefix(), 10
+    through = random_prefix().reparametrise(M)
+    assert_close(through.kv(), plain.kv())
+    trained = {name: p.numel() for name, p in through.named_parameters() if p.requires_grad}
+    assert sum(trained.values()) == 4 * C + (C * M + M) + (M * L * 2 * C + L * 2 * C)
+    assert through.n_stored() == plain.n_stored() == 4 * L * 2 * C
+    out = through.inputs @ through.mlp[0].weight.T + through.mlp[0].bias
+    through.mlp[2].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = plain.start + (torch.tanh(out) @ through.mlp[2].weight.T + through.mlp[2].bias).view_as(plain.start)
+    assert_close(through.kv(), expected)
+
+
+def test_baking_folds_the_mlp_into_plain_numbers(model, tmp_path):
+    """The same logits with and without it, and only the plain numbers are saved."""
+    through, idx = random_prefix().reparametrise(10), random_ids(2, 5)
+    through.mlp[2].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    baked = through.bake()
+    assert [name for name, _ in baked.named_parameters()] == ["start"]
+    assert_close(model(idx, baked.past_kv(model))[0], model(idx, through.past_kv(model))[0])
+    through.save(tmp_path / "a")
+    assert_close(Prefix.load(tmp_path / "a").start, baked.start.float(), rtol=0, atol=0)
+
+
+def test_a_prefix_for_another_model_is_refused(model):
+    prefix = Prefix(torch.zeros(2, L + 1, 2, H, D))
+    with pytest.raises(ValueError, match=r"\(2, 4, 2, 2, 8\).*\(2, 3, 2, 2, 8\)"):
+        prefix.past_kv(model)
+    assert V and random_prefix().past_kv(model)

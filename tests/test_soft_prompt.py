@@ -1,0 +1,96 @@
+"""What a soft prompt is: a text whose words need not exist."""
+
+import pytest
+import torch
+from conftest import C, L, V, random_ids, random_model
+from torch.testing import assert_close
+
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+
+
+def random_prompt(P: int = 4) -> SoftPrompt:
+    return SoftPrompt(torch.randn(P, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_prompt_of_embeddings_equals_having_those_tokens_in_the_context(model):
+    text, idx = random_ids(5, seed=1), random_ids(2, 6)
+    both = torch.cat([text.expand(2, 5), idx], dim=1)
+    assert_close(model(idx, SoftPrompt.text(model, text).past_kv(model))[0], model(both)[0][:, 5:])
+
+
+def test_running_it_once_equals_concatenating_it_to_each_row(model):
+    """In values and in gradients. The peers concatenate: B·P positions of work where P do."""
+    once, each, idx = random_prompt(), random_prompt(), random_ids(3, 6)
+    logits, _ = model(idx, once.past_kv(model))
+    rows = torch.cat([each.vectors.expand(3, 4, C), model.wte(idx)], dim=1)
+    expected = model.unembed(model.forward_embeddings(rows)[0][:, 4:])
+    assert_close(logits, expected)
+    for value in (logits, expected):
+        value.logsumexp(dim=-1).sum().backward()
+    assert_close(once.vectors.grad, each.vectors.grad)
+
+
+def test_the_vectors_are_a_sequence(model):
+    """They stand at positions 0 … P-1 and see each other: shuffled, they are another prompt. (A prefix is a set.)"""
+    prompt, idx = random_prompt(), random_ids(1, 5)
+    shuffled = SoftPrompt(prompt.vectors[[2, 0, 3, 1]])
+    assert (model(idx, shuffled.past_kv(model))[0] - model(idx, prompt.past_kv(model))[0]).abs().max() > 0.01
+
+
+def test_its_cache_copied_into_a_prefix_gives_the_same_logits(model):
+    """So each soft prompt is a prefix, of 2·L times the numbers; few prefixes are soft prompts."""
+    cache, idx = random_prompt().past_kv(model), random_ids(2, 5)
+    kv = torch.stack([torch.stack(layer) for layer in cache])[:, :, 0].permute(3, 0, 1, 2, 4)
+    prefix = Prefix(kv)
+    assert prefix.n_stored() == 2 * L * random_prompt().n_stored()
+    assert_close(model(idx, prefix.past_kv(model))[0], model(idx, cache)[0])
+
+
+def test_prompts_stack_in_any_order(model):
+    """Two prompts are one of both; a prompt behind a prefix sees it, and rows of a mixed batch each get it."""
+    a, b, idx = random_prompt(3), SoftPrompt.text(model, random_ids(2, seed=3)), random_ids(2, 5)
+    joined = SoftPrompt(torch.cat([a.vectors, b.vectors]))
+    assert_close(b.past_kv(model, a.past_kv(model)), joined.past_kv(model))
+    text = random_ids(4, seed=5)
+    prefix = Prefix.text(model, text)
+    assert_close(b.past_kv(model, prefix.past_kv(model)), b.past_kv(model, model(text[None])[1]))
+    rows = [tuple(t.expand(2, -1, -1, -1) for t in kv) for kv in a.past_kv(model)]
+    assert_close(model(idx, b.past_kv(model, rows))[0], model(idx, joined.past_kv(model))[0])
+    b_then_prefix = prefix.past_kv(model, b.past_kv(model))
+    assert b_then_prefix[0][0].shape[2] == 6
+    assert_close(b_then_prefix[1][1][:, :, 2:], prefix.past_kv(model)[1][1])
+
+
+def test_only_the_prompt_has_gradients(model):
+    prompt = random_prompt()
+    model(random_ids(2, 6), prompt.past_kv(model))[0].sum().backward()
+    assert (prompt.vectors.grad != 0).all()
+    assert all(p.grad is None for p in model.parameters())
+    assert len(list(prompt.parameters())) == 1
+
+
+def test_initialisations_are_what_they_say(model):
+    """random: uniform ±0.5. vocab: embeddings of the ids given, none twice while there are enough."""
+    drawn = SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors
+    assert -0.5 <= drawn.min() < -0.49 and 0.49 < drawn.max() <= 0.5
+    frequent = torch.tensor([7, 3, 11, 20])
+    for seed in range(5):
+        prompt = SoftPrompt.vocab(model, frequent, 4, torch.Generator().manual_seed(seed))
+        assert sorted(prompt.nearest_tokens(model).flatten().tolist()) == [3, 7, 11, 20]
+    assert len(SoftPrompt.vocab(model, frequent, 9).vectors) == 9
+    assert SoftPrompt.text(random_model().bfloat16(), random_ids(4)).vectors.dtype == torch.float32
+
+
+def test_nearest_tokens_are_nearest_by_angle(model):
+    """A vector a hundred times as long as an embedding still is nearest to it; k of them, the nearest first."""
+    ids = torch.tensor([5, 17, 42])
+    found = SoftPrompt(100 * model.wte.weight[ids]).nearest_tokens(model, k=V)
+    assert found[:, 0].tolist() == ids.tolist()
+    cosine = torch.cosine_similarity(model.wte.weight[ids][:, None], model.wte.weight[None], dim=-1)
+    assert found.tolist() == cosine.argsort(dim=1, descending=True).tolist()
+
+
+def test_a_prompt_for_another_model_is_refused(model):
+    with pytest.raises(ValueError, match=r"vectors of 17 numbers, .* has n_embd 16"):
+        SoftPrompt(torch.zeros(2, C + 1)).past_kv(model)

@@ -1,0 +1,279 @@
+"""What a run promises: the base stays what it was, the same seed gives the same numbers, bad input a sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import data
+import train
+from model import GPT
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """A miniature of the pretrained base: sixty steps, enough to know words."""
+    directory = tmp_path_factory.mktemp("base") / "mini"
+    train.main(["--method", "pretrain", "--steps", "60", "--device", "cpu", "--out", str(directory)])
+    return str(directory)
+
+
+def run(base, *flags, out=None, steps=3):
+    flags = ["--base", base, "--device", "cpu", "--steps", str(steps), "--batch-size", "4", *map(str, flags)]
+    return train.main(flags + (["--out", str(out)] if out else []))
+
+
+def rows_of(base, task="sentence", n=8):
+    return data.encode(data.load_tokenizer(base), data.task_examples(task, "train", n, 0), 120)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def test_the_loss_is_the_mean_over_target_positions(base):
+    """Projecting only those positions equals projecting all and ignoring the rest."""
+    model = GPT.from_pretrained(base)
+    batch = data.batch_of(rows_of(base), model.device)
+    logits, targets = train.target_logits(model, batch, None)
+    all_logits, _ = model(batch.idx)
+    expected = torch.nn.functional.cross_entropy(all_logits.flatten(0, 1), batch.targets.flatten())
+    assert_close(torch.nn.functional.cross_entropy(logits, targets), expected)
+
+
+def test_exact_match_is_what_generation_would_give(base):
+    """One forward pass tells which rows greedy decoding gets right, its stop included; the loss weighs tokens alike."""
+    model = GPT.from_pretrained(base).freeze()
+    rows = rows_of(base, "sentiment", 12)
+    for i in (1, 4, 7):  # three rows that are right: let the target be what the model says
+        said = model.generate(torch.tensor([rows[i].source]), 3)[0, -3:].tolist()
+        rows[i] = data.Row(rows[i].source, said)
+    loss, exact = train.evaluate(model, [], rows, batch_size=5)
+    generated = [model.generate(torch.tensor([row.source]), len(row.target))[0, len(row.source) :].tolist() for row in rows]
+    assert exact == [got == row.target for got, row in zip(generated, rows)] and 3 <= sum(exact) < 12
+    one_by_one = [(train.evaluate(model, [], [row], 1)[0], len(row.target)) for row in rows]
+    assert loss == pytest.approx(sum(value * n for value, n in one_by_one) / sum(n for _, n in one_by_one), rel=1e-5)
+
+
+def test_every_row_comes_once_before_any_comes_again():
+    args = train.parse(["--steps", "5", "--batch-size", "4", "--seed", "1"])
+    rows = [data.Row([i], [i]) for i in range(10)]
+    seen = [i for batch in train.shuffled_batches(rows, args, torch.device("cpu")) for i in batch.idx[:, 0].tolist()]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("method", ["prefix", "soft_prompt", "both", "full", "none"])
+def test_a_run_of_each_method(base, tmp_path, capsys, method):
+    """Every number that main promises; the base bit for bit what it was; what was saved gives what was measured."""
+    before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
+    result = run(base, "--method", method, out=tmp_path / "out", steps=6)
+    assert {path.name: path.read_bytes() for path in Path(base).iterdir()} == before
+    assert set(result) >= {
+        "method", "task", "n_trainable", "n_stored", "n_base", "percent", "loss_frozen", "loss_init", "loss",
+        "exact_match_frozen", "exact_match", "seconds_pretrain", "seconds_train", "out",
+    }  # fmt: skip
+    low, high = {"prefix": (0.1, 1), "soft_prompt": (0.01, 0.1), "both": (0.1, 1), "full": (100, 100), "none": (0, 0)}[method]
+    assert low <= result["percent"] <= high and result["percent"] == 100 * result["n_stored"] / result["n_base"]
+    assert (result["loss"] < result["loss_init"]) == (method != "none")
+    shown = capsys.readouterr().out
+    assert shown.count("expected") == 3 and ("step    6/6" in shown) == (method != "none")
+
+    model = GPT.from_pretrained(tmp_path / "out" if method == "full" else base).freeze()
+    folders = {"prefix": ["."], "soft_prompt": ["."], "both": ["prefix", "soft_prompt"]}.get(method, [])
+    adapters = [train.load_adapter(str(tmp_path / "out" / folder), model) for folder in folders]
+    test = data.encode(data.load_tokenizer(base), data.task_examples("sentence", "test", 500, 0), 120)
+    assert train.evaluate(model, adapters, test, 4)[0] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_two_runs_with_one_seed_give_the_same_numbers(base, tmp_path):
+    results = [run(base, "--seed", seed, "--init", "random", out=tmp_path / "a") for seed in (3, 3, 4)]
+    for result in results:
+        del result["seconds_train"]
+    assert results[0] == results[1] != results[2]
+
+
+def test_training_moves_the_adapters_and_nothing_else(base):
+    """After training, the base is bit for bit what it was, in memory too; every number of a stack has moved."""
+    model = GPT.from_pretrained(base).freeze()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    adapters = [Prefix.random(model, 2), SoftPrompt.random(model, 2)]
+    start = [p.detach().clone() for a in adapters for p in a.parameters()]
+    train.tune(model, adapters, rows_of(base), train.parse(["--steps", "2", "--lr", "0.01"]))
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all((p != q).all() for p, q in zip((p for a in adapters for p in a.parameters()), start))
+
+
+def test_the_default_start_is_the_end_of_a_training_example(base):
+    """And a stack starts as one text: its first half in the prefix, its second in the prompt."""
+    model, tokenizer = GPT.from_pretrained(base).freeze(), data.load_tokenizer(base)
+    rows = rows_of(base)
+    text = torch.tensor((rows[0].source + rows[0].target)[-6:])
+    assert text[-1] == tokenizer.eot_token
+    adapters = train.new_adapters(train.parse(["--method", "both", "--n-virtual", "3"]), model, tokenizer, rows)
+    assert_close(train.stacked_past_kv(adapters, model), model(text[None])[1])
+    args = train.parse(["--method", "soft_prompt", "--n-virtual", "5", "--init-text", "Thai food"])
+    (prompt,) = train.new_adapters(args, model, tokenizer, rows)
+    assert_close(prompt.vectors.data, model.wte.weight[(tokenizer.encode_ordinary("Thai food") * 5)[:5]])
+    (prompt,) = train.new_adapters(train.parse(["--method", "soft_prompt", "--init", "vocab", "--n-virtual", "3"]), model, tokenizer, rows)
+    seen = {i for row in rows for i in row.source + row.target}
+    assert set(prompt.nearest_tokens(model).flatten().tolist()) <= seen
+
+
+@pytest.mark.parametrize("flags", [["--init", "zero", "--mid-dim", "4"], ["--init", "random", "--dtype", "bfloat16"]])
+def test_a_prefix_from_other_starts(base, tmp_path, flags):
+    result = run(base, *flags, out=tmp_path / "out", steps=5)
+    assert result["loss"] < result["loss_init"] and result["n_stored"] == 8 * 1024
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"].dtype == torch.float32
+
+
+def test_own_data_and_prompting_the_result(base, tmp_path, capsys):
+    """JSONL in, a seeded tenth held out; the saved adapter completes a prompt, and the base without it in another way."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"input": f"q {i}", "target": "Thai food"}) + "\n" for i in range(20)))
+    result = run(base, "--data", path, out=tmp_path / "out", steps=40)
+    assert result["task"] == "mine" and result["exact_match"] == 100
+    capsys.readouterr()
+    with_adapter = train.main(["--base", base, "--adapter", str(tmp_path / "out"), "--prompt", "q 99"])
+    assert with_adapter["completion"] == "Thai food" and capsys.readouterr().out == "Thai food\n"
+    assert train.main(["--base", base, "--prompt", "q 99"])["completion"] != "Thai food"
+    _, held_out = train.load_examples(train.parse(["--data", str(path)]))
+    assert len(held_out["train"]) == 18 and len(held_out["validation"]) == 2
+    assert not {e.input for e in held_out["train"]} & {e.input for e in held_out["validation"]}
+    _, given = train.load_examples(train.parse(["--data", str(path), "--val-data", str(path)]))
+    assert len(given["train"]) == len(given["validation"]) == 20
+
+
+def test_a_base_from_ones_own_text(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 400)
+    out = tmp_path / "base"
+    train.main(["--method", "pretrain", "--corpus", str(tmp_path / "a.txt"), "--steps", "20", "--out", str(out), "--device", "cpu"])
+    model, tokenizer = GPT.from_pretrained(out), data.load_tokenizer(out)
+    ids = torch.tensor([tokenizer.encode_ordinary("the cat sat")])
+    assert tokenizer.decode(model.generate(ids, 2)[0].tolist()) == "the cat sat on the"
+
+
+def test_the_base_saw_every_position(base):
+    """Windows start anywhere in the packed stream, so a text shifted by a prefix is a text at home."""
+    model, rows = GPT.from_pretrained(base).freeze(), rows_of(base, n=40)
+    torch.manual_seed(0)
+    untrained = GPT(model.config).wpe.weight
+    assert ((model.wpe.weight - untrained).norm(dim=1) > 0.1).all()
+    here, _ = train.evaluate(model, [], rows, 40)
+    document = torch.tensor((rows[0].source + rows[0].target)[-20:])
+    shifted, _ = train.evaluate(model, [Prefix.text(model, document)], rows, 40)
+    assert shifted < 1.3 * here
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_another_base_is_refused_and_both_are_named(base, tmp_path):
+    run(base, out=tmp_path / "prefix", steps=1)
+    other = GPT.from_pretrained(base)
+    other.ln_f.bias.data[0] += 1
+    other.name = "another"
+    with pytest.raises(ValueError, match=f"trained on {base} .*, not on another"):
+        Prefix.load(tmp_path / "prefix", other)
+    assert Prefix.load(tmp_path / "prefix").n_stored() == 8 * 1024
+    (tmp_path / "prefix" / "base.json").unlink()  # as in PEFT's own: any base of that shape
+    Prefix.load(tmp_path / "prefix", other).past_kv(other)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"peft_type": "LORA"}, "LORA"),
+        ({"peft_type": None}, "None"),
+        ({"peft_type": ["x"]}, "x"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+        ({"modules_to_save": ["score"]}, "modules_to_save"),
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2"),
+        ({"num_virtual_tokens": 7}, "8 rows, its adapter_config.json 7"),
+        ({"num_layers": 3}, "num_layers 3"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"num_attention_heads": 8}, "needs"),
+        ({"token_dim": "128"}, "token_dim 128"),
+    ],
+)
+def test_a_foreign_adapter_is_refused_by_name(base, tmp_path, changes, message):
+    model = GPT.from_pretrained(base)
+    Prefix.zero(model, 8).save(tmp_path / "a", model)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        train.load_adapter(str(tmp_path / "a"), model).past_kv(model)
+
+
+def test_broken_adapter_weights_are_refused(base, tmp_path):
+    model = GPT.from_pretrained(base)
+    SoftPrompt.random(model, 4).save(tmp_path / "a", model)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    for tensors in [
+        {"lora_A": torch.zeros(4, 128)},
+        {"prompt_embeddings": torch.zeros(4, 128, 1)},
+        {"prompt_embeddings": torch.full((4, 128), torch.nan)},
+        {"prompt_embeddings": torch.zeros(4, 128, dtype=torch.int32)},
+    ]:
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match="prompt_embeddings"):
+            SoftPrompt.load(tmp_path / "a", model)
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        SoftPrompt.load(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--task", "haiku"], "unknown --task 'haiku'"),
+        (["--n-virtual", "0"], "--n-virtual 0: give 1 or more"),
+        (["--n-virtual", "128"], "--n-virtual 128 fills the context of 128"),
+        (["--n-virtual", "100"], "example 1 takes .* positions, and 28 are left"),
+        (["--steps", "0"], "--steps 0"),
+        (["--batch-size", "-1"], "--batch-size -1"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--lr", "0"], "--lr 0"),
+        (["--device", "cuda:77"], "--device cuda:77 is not there"),
+        (["--device", "toaster"], "--device toaster is not there"),
+        (["--base", "nowhere"], "nowhere"),
+        (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--init", "vocab"], "--init vocab is not for a Prefix: choose one of text, random, zero"),
+        (["--method", "soft_prompt", "--init", "zero"], "not for a SoftPrompt: choose one of text, vocab, random"),
+        (["--init", "zero", "--init-text", "x"], "--init-text goes with --init text"),
+        (["--adapter", "x"], "needs a --prompt"),
+        (["--adapter", "x", "--prompt", "y"], "x/adapter_config.json does not exist"),
+        (["--prompt", "word " * 200], "block_size 128"),
+        (["--method", "full", "--dtype", "bfloat16"], "--method full needs --dtype float32"),
+        (["--method", "soft_prompt", "--mid-dim", "4"], "--mid-dim goes with a prefix"),
+        (["--corpus", "x"], "--corpus goes with --method pretrain"),
+    ],
+)
+def test_bad_flags_get_a_sentence(base, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(base, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_learning_rate_too_high_stops_the_run_and_keeps_the_last_adapter(base, tmp_path):
+    run(base, out=tmp_path / "out")
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the loss became nan with --lr 1e\\+38: lower it"):
+        run(base, "--lr", "1e38", "--method", "soft_prompt", out=tmp_path / "out", steps=10)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_command_ends_with_status_2_and_one_line():
+    """No traceback; the same for what argparse finds."""
+    for flags in (["--task", "haiku"], ["--steps", "many"]):
+        done = subprocess.run([sys.executable, train.__file__, "--base", "nowhere", *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr.splitlines()[-1]
