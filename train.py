@@ -232,7 +232,7 @@ def new_adapters(args: argparse.Namespace, model: GPT, tokenizer: tiktoken.Encod
 def load_adapter(directory: str, model: GPT) -> nn.Module:
     """A PEFT directory -> the Prefix or SoftPrompt that it holds."""
     kinds = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": SoftPrompt}
-    kind = data.read_json(data.saved_file(Path(directory), "adapter_config.json")).get("peft_type")
+    kind = str(data.read_json(data.saved_file(Path(directory), "adapter_config.json")).get("peft_type"))
     if kind not in kinds:
         raise ValueError(f"{directory} is an adapter of type {kind}: only {' and '.join(kinds)} can be loaded")
     return kinds[kind].load(directory, model).to(model.device)
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"test     frozen  loss {loss_frozen:.3f}  exact match {share(exact_frozen):5.1f} %")
     print(f"         tuned   loss {loss:.3f}  exact match {share(exact):5.1f} %\n")
     best_last = sorted(range(len(test)), key=exact.__getitem__)
-    for i in (best_last[:1] + best_last[-2:])[: len(test)]:  # a wrong one first, if there is one
+    for i in dict.fromkeys(best_last[:1] + best_last[-2:]):  # a wrong one first, if there is one
         got = answer(model, adapters, tokenizer, test[i].source, limit=len(test[i].target))
         print(f"source   {examples['test'][i].input}\nexpected {examples['test'][i].target}\ngot      {got}\n")
     if args.method != "none":

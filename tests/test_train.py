@@ -19,15 +19,22 @@ from soft_prompt import SoftPrompt
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> str:
-    """A miniature of the pretrained base: sixty steps, enough to know words."""
-    directory = tmp_path_factory.mktemp("base") / "mini"
-    train.main(["--method", "pretrain", "--steps", "60", "--device", "cpu", "--out", str(directory)])
-    return str(directory)
+    """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
+    directory = tmp_path_factory.mktemp("base")
+    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
+    write_jsonl(directory / "forty.jsonl", data.task_examples("sentence", "train", 40, 0))
+    return str(directory / "mini")
+
+
+def write_jsonl(path: Path, examples: list[data.Example]) -> None:
+    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
 
 
 def run(base, *flags, out=None, steps=3):
-    flags = ["--base", base, "--device", "cpu", "--steps", str(steps), "--batch-size", "4", *map(str, flags)]
-    return train.main(flags + (["--out", str(out)] if out else []))
+    """main on those forty examples, unless flags name others."""
+    common = ["--base", base, "--device", "cpu", "--steps", str(steps), "--batch-size", "4"]
+    common += [] if "--data" in flags or "--task" in flags else ["--data", str(Path(base).parent / "forty.jsonl")]
+    return train.main([*common, *map(str, flags), *(["--out", str(out)] if out else [])])
 
 
 def rows_of(base, task="sentence", n=8):
@@ -90,7 +97,8 @@ def test_a_run_of_each_method(base, tmp_path, capsys, method):
     model = GPT.from_pretrained(tmp_path / "out" if method == "full" else base).freeze()
     folders = {"prefix": ["."], "soft_prompt": ["."], "both": ["prefix", "soft_prompt"]}.get(method, [])
     adapters = [train.load_adapter(str(tmp_path / "out" / folder), model) for folder in folders]
-    test = data.encode(data.load_tokenizer(base), data.task_examples("sentence", "test", 500, 0), 120)
+    _, examples = train.load_examples(train.parse(["--data", str(Path(base).parent / "forty.jsonl")]))
+    test = data.encode(data.load_tokenizer(base), examples["test"], 120)
     assert train.evaluate(model, adapters, test, 4)[0] == pytest.approx(result["loss"], rel=1e-5)
 
 
@@ -135,16 +143,26 @@ def test_a_prefix_from_other_starts(base, tmp_path, flags):
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"].dtype == torch.float32
 
 
+def test_the_embedded_tasks_have_test_data_of_their_own():
+    """train, validation and test examples of a task share no record; a run is scored on the last."""
+    name, examples = train.load_examples(train.parse(["--task", "reply", "--seed", "2"]))
+    assert name == "reply" and [len(examples[split]) for split in ("train", "validation", "test")] == [1000, 200, 500]
+    assert not set(examples["test"]) & {*examples["train"], *examples["validation"]}
+
+
 def test_own_data_and_prompting_the_result(base, tmp_path, capsys):
-    """JSONL in, a seeded tenth held out; the saved adapter completes a prompt, and the base without it in another way."""
+    """JSONL in, a seeded tenth held out; what is saved completes a prompt as the adapter in memory would."""
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"input": f"q {i}", "target": "Thai food"}) + "\n" for i in range(20)))
-    result = run(base, "--data", path, out=tmp_path / "out", steps=40)
-    assert result["task"] == "mine" and result["exact_match"] == 100
+    write_jsonl(path, [data.Example(f"q {i}", "Thai food") for i in range(20)])
+    result = run(base, "--data", path, out=tmp_path / "out", steps=10)
+    assert result["task"] == "mine" and result["loss"] < result["loss_init"]
     capsys.readouterr()
-    with_adapter = train.main(["--base", base, "--adapter", str(tmp_path / "out"), "--prompt", "q 99"])
-    assert with_adapter["completion"] == "Thai food" and capsys.readouterr().out == "Thai food\n"
-    assert train.main(["--base", base, "--prompt", "q 99"])["completion"] != "Thai food"
+    completed = train.main(["--base", base, "--device", "cpu", "--adapter", str(tmp_path / "out"), "--prompt", "q 99"])
+    model, tokenizer = GPT.from_pretrained(base), data.load_tokenizer(base)
+    source = data.source_ids(tokenizer, "q 99")
+    expected = train.answer(model, [Prefix.load(tmp_path / "out", model)], tokenizer, source, limit=256)
+    assert completed["completion"] == expected and capsys.readouterr().out == expected + "\n"
+    assert train.main(["--base", base, "--device", "cpu", "--prompt", "q 99"])["completion"] != expected
     _, held_out = train.load_examples(train.parse(["--data", str(path)]))
     assert len(held_out["train"]) == 18 and len(held_out["validation"]) == 2
     assert not {e.input for e in held_out["train"]} & {e.input for e in held_out["validation"]}
