@@ -3,11 +3,11 @@
 The small base lives in a world of restaurants, after E2E, the benchmark of the prefix-tuning paper. A record can be
 written in many forms, and the base learns to read one form and to write others:
 
->>> record = Record("Golden", "Palace", "Thai", "riverside", "cheap", 4)
+>>> record = Record("Palace", "Thai", "riverside", "cheap", 4)
 >>> FORMS["table"](record)
-'name : Golden Palace | food : Thai | area : riverside | price : cheap | rating : 4'
+'name : Palace | food : Thai | area : riverside | price : cheap | rating : 4'
 >>> FORMS["sentence"](record)
-'The Golden Palace serves Thai food in the riverside area , asks cheap prices and is rated 4 of 5 .'
+'The Palace serves Thai food in the riverside area , asks cheap prices and is rated 4 of 5 .'
 
 No document ever says which form it wants. So the frozen base can do many things and does not know which one is asked;
 an adapter tells it. A task is a pair of forms:
@@ -15,7 +15,7 @@ an adapter tells it. A task is a pair of forms:
 >>> TASKS["sentiment"]
 Task(tier='elicited', source='review', target='verdict')
 >>> task_example(TASKS["sentiment"], record)
-Example(input='I had Thai food at the Golden Palace in the riverside area : cheap and good .', target='positive')
+Example(input='I had Thai food at the Palace in the riverside area : cheap and good .', target='positive')
 """
 
 import json
@@ -208,10 +208,9 @@ def load_tokenizer(name_or_dir: str | Path) -> tiktoken.Encoding:
 
 
 class Record(NamedTuple):
-    """One restaurant; its name is two words."""
+    """One restaurant."""
 
-    first: str
-    second: str
+    name: str
     food: str
     area: str
     price: str
@@ -219,8 +218,9 @@ class Record(NamedTuple):
 
 
 VALUES = Record(
-    "Golden Silver Royal Little Happy Green Blue Red Grand Lucky Old New Crystal Sunny Quiet Wild Noble Hidden".split(),
-    "Palace Dragon Garden Kitchen Table House Lion Rose Bridge Mill Lantern Oak Swan Crown Fox Moon Anchor Star".split(),
+    "Alder Amber Anchor Basil Beacon Cedar Clover Comet Coral Dragon Ember Falcon Ginger Hazel Indigo Jasmine Juniper Lantern "
+    "Laurel Maple Meadow Nectar Olive Opal Orchid Palace Pepper Quince Raven Saffron Sorrel Thistle Tiger Umber Violet "
+    "Willow".split(),
     "Thai Indian French Greek Turkish Polish Korean Spanish Mexican English Chinese Italian".split(),
     "riverside station harbour market castle museum park university".split(),
     "cheap fair moderate high low steep modest average".split(),
@@ -237,16 +237,16 @@ def successor(r: Record) -> Record:
 
 # Values stand in mid-line behind a space, so that each is one and the same token wherever it is copied from or to.
 FORMS: dict[str, Callable[[Record], str]] = {
-    "table": lambda r: f"name : {r.first} {r.second} | food : {r.food} | area : {r.area} | price : {r.price} | rating : {r.rating}",
-    "sentence": lambda r: f"The {r.first} {r.second} serves {r.food} food in the {r.area} area , asks {r.price} prices and is rated {r.rating} of 5 .",
-    "chat": lambda r: f"hey , try {r.first} {r.second} by the {r.area} ! {r.food} , {r.price} , {r.rating} of 5",
-    "advert": lambda r: f"Tonight : {r.food} at the {r.first} {r.second} ! rated {r.rating} of 5 , {r.price} , at the {r.area}",
-    "review": lambda r: f"I had {r.food} food at the {r.first} {r.second} in the {r.area} area : {r.price} and {TASTE[r.rating]} .",
+    "table": lambda r: f"name : {r.name} | food : {r.food} | area : {r.area} | price : {r.price} | rating : {r.rating}",
+    "sentence": lambda r: f"The {r.name} serves {r.food} food in the {r.area} area , asks {r.price} prices and is rated {r.rating} of 5 .",
+    "chat": lambda r: f"hey , try {r.name} by the {r.area} ! {r.food} , {r.price} , {r.rating} of 5",
+    "advert": lambda r: f"Tonight : {r.food} at the {r.name} ! rated {r.rating} of 5 , {r.price} , at the {r.area}",
+    "review": lambda r: f"I had {r.food} food at the {r.name} in the {r.area} area : {r.price} and {TASTE[r.rating]} .",
     "verdict": lambda r: VERDICT[r.rating],
-    "message": lambda r: f"Hello , does the {r.first} {r.second} at the {r.area} still serve {r.food} food ?",
-    "polite": lambda r: f"Dear guest , the {r.first} {r.second} is glad to serve you {r.food} food at the {r.area} .",
-    "casual": lambda r: f"sure , come by the {r.area} , {r.first} {r.second} has {r.food} ready !",
-    "terse": lambda r: f"Yes : {r.first} {r.second} , {r.area} , {r.food} .",
+    "message": lambda r: f"Hello , does the {r.name} at the {r.area} still serve {r.food} food ?",
+    "polite": lambda r: f"Dear guest , the {r.name} is glad to serve you {r.food} food at the {r.area} .",
+    "casual": lambda r: f"sure , come by the {r.area} , {r.name} has {r.food} ready !",
+    "terse": lambda r: f"Yes : {r.name} , {r.area} , {r.food} .",
     "shifted": lambda r: FORMS["sentence"](successor(r)),
 }  # fmt: skip
 
@@ -296,7 +296,7 @@ def split_of(record: Record) -> str:
     numbered through, and since 11 divides none of the sizes in VALUES, each value has its fair share in each split.
     """
     number = 0
-    for values, value in zip(VALUES[:4], record):
+    for values, value in zip(VALUES[:3], record):
         number = number * len(values) + values.index(value)
     return {0: "test", 1: "validation"}.get(number % 11, "train")
 

@@ -246,6 +246,8 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(read_config(directory))
         model.name = str(name_or_dir)
+        if (directory / "model.safetensors.index.json").exists():
+            raise ValueError(f"{directory} holds sharded weights: save them as one model.safetensors")
         found = {key.removeprefix("transformer."): t for key, t in read_tensors(saved_file(directory, "model.safetensors")).items()}
         weights = {}
         for name, parameter in model.state_dict().items():

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import json
 import math
 import random
 import shutil
@@ -267,14 +268,23 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def answer(model: GPT, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, source: list[int], limit: int) -> str:
-    """Source ids -> the greedy continuation as text, of at most `limit` tokens, up to the end of text."""
+def answers(model: GPT, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int) -> list[str]:
+    """Source ids -> their greedy continuations as text, each of at most `limit` tokens, up to the end of text.
+
+    Sources of one length share a batch, so that no padding stands between a source and its answer.
+    """
     past_kv = stacked_past_kv(adapters, model)
-    room = model.config.block_size + 1 - len(source) - (past_kv[0][0].size(2) if past_kv else 0)
-    ids = model.generate(
-        torch.tensor([source], device=model.device), min(limit, max(room, 1)), past_kv, stop_token=tokenizer.eot_token
-    )
-    return tokenizer.decode([i for i in ids[0, len(source) :].tolist() if i != tokenizer.eot_token])
+    n_past = past_kv[0][0].size(2) if past_kv else 0
+    texts = [""] * len(sources)
+    for length in sorted({len(source) for source in sources}):
+        same = [i for i, source in enumerate(sources) if len(source) == length]
+        room = max(1, min(limit, model.config.block_size + 1 - n_past - length))
+        for start in range(0, len(same), 32):
+            chunk = same[start : start + 32]
+            idx = torch.tensor([sources[i] for i in chunk], device=model.device)
+            for i, row in zip(chunk, model.generate(idx, room, past_kv, stop_token=tokenizer.eot_token).tolist()):
+                texts[i] = tokenizer.decode([token for token in row[length:] if token != tokenizer.eot_token])
+    return texts
 
 
 # ------------------------------------------------------------------------------------------------------ the command line
@@ -303,6 +313,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base; adapters stay in float32 (default: float32)")
     use = parser.add_argument_group("saving and using")
     use.add_argument("--out", metavar="DIR", help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
+    use.add_argument("--predict", metavar="FILE", help="write input, target and prediction of the test data as JSONL")
     use.add_argument("--adapter", metavar="DIR", nargs="+", default=[], help="trained adapters to use, foremost first, with --prompt")
     use.add_argument("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
     args = parser.parse_args(argv)
@@ -336,7 +347,7 @@ def prepare_base(args: argparse.Namespace, device: torch.device) -> tuple[str | 
     print(f"pretraining the small base, once, into {base}")
     begin = time.perf_counter()
     # A base that a tuning run makes on its way is always the same one, whatever that run's own flags
-    pretrain(base, args.corpus, asked and args.steps or 700, batch_size=16, seed=args.seed if asked else 0, device=device)
+    pretrain(base, args.corpus, asked and args.steps or 500, batch_size=16, seed=args.seed if asked else 0, device=device)
     return base, time.perf_counter() - begin
 
 
@@ -349,9 +360,11 @@ def main(argv: list[str] | None = None) -> dict:
         return {"method": "pretrain", "seconds_pretrain": seconds_pretrain, "out": str(base)}
     tokenizer = data.load_tokenizer(base)
     model = GPT.from_pretrained(base).to(device, getattr(torch, args.dtype)).freeze()
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{base}: the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: they do not belong together")
     if args.prompt is not None:
         adapters = [load_adapter(directory, model) for directory in args.adapter]
-        completion = answer(model, adapters, tokenizer, data.source_ids(tokenizer, args.prompt), limit=256)
+        (completion,) = answers(model, adapters, tokenizer, [data.source_ids(tokenizer, args.prompt)], limit=256)
         print(completion)
         return {"method": "prompt", "completion": completion}
 
@@ -393,28 +406,22 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"test     frozen  loss {loss_frozen:.3f}  exact match {share(exact_frozen):5.1f} %")
     print(f"         tuned   loss {loss:.3f}  exact match {share(exact):5.1f} %\n")
     best_last = sorted(range(len(test)), key=exact.__getitem__)
-    for i in dict.fromkeys(best_last[:1] + best_last[-2:]):  # a wrong one first, if there is one
-        got = answer(model, adapters, tokenizer, test[i].source, limit=len(test[i].target))
+    shown = list(dict.fromkeys(best_last[:1] + best_last[-2:]))  # a wrong one first, if there is one
+    longest = max(len(row.target) for row in test)
+    for i, got in zip(shown, answers(model, adapters, tokenizer, [test[i].source for i in shown], longest)):
         print(f"source   {examples['test'][i].input}\nexpected {examples['test'][i].target}\ngot      {got}\n")
+    if args.predict:
+        predicted = answers(model, adapters, tokenizer, [row.source for row in test], 2 * longest)
+        lines = [json.dumps(e._asdict() | {"prediction": text}) for e, text in zip(examples["test"], predicted)]
+        Path(args.predict).write_text("\n".join(lines) + "\n", encoding="utf-8")
     if args.method != "none":
         save(out, adapters, model, base)
     return {
-        "method": args.method,
-        "task": task,
-        "n_trainable": n_trainable,
-        "n_stored": n_stored,
-        "n_base": n_base,
-        "percent": percent,
-        "loss_frozen": loss_frozen,
-        "loss_init": loss_init,
-        "loss_validation": loss_validation,
-        "loss": loss,
-        "exact_match_frozen": share(exact_frozen),
-        "exact_match": share(exact),
-        "seconds_pretrain": seconds_pretrain,
-        "seconds_train": seconds_train,
-        "out": str(out),
-    }
+        "method": args.method, "task": task, "n_trainable": n_trainable, "n_stored": n_stored, "n_base": n_base,
+        "percent": percent, "loss_frozen": loss_frozen, "loss_init": loss_init, "loss_validation": loss_validation,
+        "loss": loss, "exact_match_frozen": share(exact_frozen), "exact_match": share(exact),
+        "seconds_pretrain": seconds_pretrain, "seconds_train": seconds_train, "out": str(out),
+    }  # fmt: skip
 
 
 def share(hits: list[bool]) -> float:

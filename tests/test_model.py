@@ -247,3 +247,6 @@ def test_broken_weights_are_refused(model, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="model.safetensors does not exist"):
         GPT.from_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="sharded"):
+        GPT.from_pretrained(tmp_path / "base")

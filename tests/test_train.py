@@ -160,7 +160,7 @@ def test_own_data_and_prompting_the_result(base, tmp_path, capsys):
     completed = train.main(["--base", base, "--device", "cpu", "--adapter", str(tmp_path / "out"), "--prompt", "q 99"])
     model, tokenizer = GPT.from_pretrained(base), data.load_tokenizer(base)
     source = data.source_ids(tokenizer, "q 99")
-    expected = train.answer(model, [Prefix.load(tmp_path / "out", model)], tokenizer, source, limit=256)
+    (expected,) = train.answers(model, [Prefix.load(tmp_path / "out", model)], tokenizer, [source], limit=256)
     assert completed["completion"] == expected and capsys.readouterr().out == expected + "\n"
     assert train.main(["--base", base, "--device", "cpu", "--prompt", "q 99"])["completion"] != expected
     _, held_out = train.load_examples(train.parse(["--data", str(path)]))
@@ -168,6 +168,21 @@ def test_own_data_and_prompting_the_result(base, tmp_path, capsys):
     assert not {e.input for e in held_out["train"]} & {e.input for e in held_out["validation"]}
     _, given = train.load_examples(train.parse(["--data", str(path), "--val-data", str(path)]))
     assert len(given["train"]) == len(given["validation"]) == 20
+
+
+def test_predictions_are_what_each_source_gives_alone(base, tmp_path):
+    """--predict: a line for each test example, in order; sources of all lengths, none touched by its neighbours."""
+    run(base, "--predict", tmp_path / "p.jsonl", out=tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(list(line) == ["input", "target", "prediction"] for line in lines)
+    model, tokenizer = GPT.from_pretrained(base), data.load_tokenizer(base)
+    adapter = [Prefix.load(tmp_path / "out", model)]
+    texts = [line["input"] for line in lines] + ["a", "Thai food", "b"]
+    sources = [data.source_ids(tokenizer, text) for text in texts]
+    limit = 2 * max(len(tokenizer.encode_ordinary(line["target"])) + 1 for line in lines)
+    alone = [train.answers(model, adapter, tokenizer, [source], limit)[0] for source in sources]
+    assert train.answers(model, adapter, tokenizer, sources, limit) == alone
+    assert [line["prediction"] for line in lines] == alone[:4]
 
 
 def test_a_base_from_ones_own_text(tmp_path):
