@@ -20,8 +20,7 @@ dropout: the base is nearly always frozen, and dropout would only add noise to w
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -200,7 +199,7 @@ class GPT(nn.Module):
                 f"{n_past} positions + {max_new_tokens} new tokens > block_size {self.config.block_size} + 1: "
                 "shorten the prompt or lower max_new_tokens"
             )
-        buffers = [tuple(torch.cat([t, t.new_empty(*t.shape[:2], room - n_past, t.size(3))], dim=2) for t in kv) for kv in cache]
+        buffers = [tuple(F.pad(t, (0, 0, 0, room - n_past)) for t in kv) for kv in cache]  # (B, H, room, D)
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for step in range(max_new_tokens):
             token = choose(logits[:, -1].float(), temperature, top_k, generator)  # (B, 1)
@@ -216,20 +215,9 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors as Hugging Face's GPT2LMHeadModel does."""
-        c = self.config
-        config = {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "activation_function": "gelu_new",
-            "vocab_size": c.vocab_size,
-            "n_positions": c.block_size,
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_embd": c.n_embd,
-            "layer_norm_epsilon": c.layer_norm_epsilon,
-            "bos_token_id": c.vocab_size - 1,  # GPT-2's last token is the end of text, and it is the first one too
-            "eos_token_id": c.vocab_size - 1,
-        }
+        sizes = {THEIR_NAMES.get(name, name): value for name, value in asdict(self.config).items()}
+        end = self.config.vocab_size - 1  # GPT-2's last token is the end of text, and serves as the beginning too
+        config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end} | ARCHITECTURE | sizes
         tensors = {f"transformer.{name}": stored(name, t).contiguous() for name, t in self.state_dict().items()}
         with replaced_directory(directory) as new:
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -248,17 +236,17 @@ class GPT(nn.Module):
         model.name = str(name_or_dir)
         if (directory / "model.safetensors.index.json").exists():
             raise ValueError(f"{directory} holds sharded weights: save them as one model.safetensors")
-        found = {key.removeprefix("transformer."): t for key, t in read_tensors(saved_file(directory, "model.safetensors")).items()}
+        tensors = read_tensors(saved_file(directory, "model.safetensors"))
+        found = {key.removeprefix("transformer."): t for key, t in tensors.items()}
         weights = {}
         for name, parameter in model.state_dict().items():
             if name not in found:
                 raise ValueError(f"{directory}/model.safetensors has no {name}: it is not the file of a GPT-2 of {model.config}")
             weights[name] = stored(name, found.pop(name))
-            if weights[name].shape != parameter.shape or not weights[name].is_floating_point():
-                raise ValueError(
-                    f"{directory}: {name} is {weights[name].dtype} of shape {tuple(weights[name].shape)}, "
-                    f"config.json asks for {tuple(parameter.shape)}"
-                )
+            shape, dtype = tuple(weights[name].shape), weights[name].dtype
+            if shape != parameter.shape or not dtype.is_floating_point:
+                expected = tuple(parameter.shape)
+                raise ValueError(f"{directory}: {name} is {dtype} of shape {shape}, config.json asks for {expected}")
         head = found.pop("lm_head.weight", weights["wte.weight"])
         if not torch.equal(head, weights["wte.weight"]):
             raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; only a tied head can be loaded")
@@ -294,31 +282,33 @@ def stored(name: str, weight: Tensor) -> Tensor:
     return weight.t() if ".c_" in name and name.endswith("weight") else weight
 
 
+# What config.json says of every model here; of a foreign one, what it says otherwise is refused by name.
+ARCHITECTURE = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "n_inner": None,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+THEIR_NAMES = {"block_size": "n_positions"}
+
+
 def read_config(directory: Path) -> GPTConfig:
-    """config.json -> GPTConfig. What this architecture does not have is refused by name, never loaded wrongly."""
+    """config.json -> GPTConfig. Raises ValueError for what is not this architecture, or no size."""
     path = saved_file(directory, "config.json")
     found = read_json(path)
-    C = found.get("n_embd")
-    known = {
-        "model_type": ["gpt2"],
-        "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-        "n_inner": [None, C and 4 * C],
-        "tie_word_embeddings": [True],
-        "scale_attn_weights": [True],
-        "scale_attn_by_inverse_layer_idx": [False],
-        "add_cross_attention": [False],
-    }
-    for key, values in known.items():
-        if key in found and found[key] not in values:
-            raise ValueError(f"{path}: {key} is {found[key]!r}; this GPT-2 has {values[0]!r}")
-    sizes = [found.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+    *fields, _ = GPTConfig.__annotations__
+    sizes = {field: found.get(THEIR_NAMES.get(field, field)) for field in fields}
     epsilon = found.get("layer_norm_epsilon", 1e-5)
-    if not all(type(n) is int and 0 < n < 10**6 for n in sizes) or sizes[2] > 1000 or not isinstance(epsilon, float):
-        raise ValueError(
-            f"{path}: vocab_size, n_positions, n_layer, n_head, n_embd are {sizes}, layer_norm_epsilon is {epsilon!r}: "
-            "not the sizes of a GPT-2"
-        )
-    return GPTConfig(*sizes, epsilon)
+    if not all(type(n) is int and 0 < n < 10**6 for n in sizes.values()) or sizes["n_layer"] > 1000 or type(epsilon) is not float:
+        raise ValueError(f"{path}: {sizes}, layer_norm_epsilon {epsilon!r} (block_size is n_positions) are not a GPT-2's")
+    same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * sizes["n_embd"]}  # other words for what we have
+    for key, ours in ARCHITECTURE.items():
+        if found.get(key, ours) not in (ours, same.get(key, ours)):
+            raise ValueError(f"{path}: {key} is {found[key]!r}; this GPT-2 has {ours!r}")
+    return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ RECIPES = {
     "both": Recipe((Prefix, SoftPrompt), 4, 5e-2, 150),
     "full": Recipe((), 0, 5e-4, 150),
     "none": Recipe((), 0, 0.0, 0),
+    "pretrain": Recipe((), 0, 2e-2, 600),
 }
 
 # -------------------------------------------------------------------------------------------------------- the objective
@@ -136,20 +137,20 @@ def shuffled_batches(rows: list[Row], args: argparse.Namespace, device: torch.de
         del queue[: args.batch_size]
 
 
-def pretrain(out: Path, corpus: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> None:
+def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
     """Makes the small base, with its tokenizer, from the restaurant world or from the user's own texts.
 
     Documents are packed into one stream and read in windows that start anywhere, so that the base meets every text at
     every position: a prefix will shift the text, and positions that a base never saw it cannot use.
     """
-    texts = [data.read_text(path) for path in corpus]
+    texts = [data.read_text(path) for path in args.corpus]
     if not texts:
-        rng = random.Random(seed)
-        texts = [data.random_document(rng) for _ in range(4 * steps * batch_size)]
+        rng = random.Random(args.seed)
+        texts = [data.random_document(rng) for _ in range(4 * args.steps * args.batch_size)]
     merges = data.train_bpe(texts[:5000], n_merges=700)
     tokenizer = data.build_tokenizer(data.ranks_of(merges))
     stream = torch.tensor([i for ids in tokenizer.encode_ordinary_batch(texts) for i in (*ids, tokenizer.eot_token)])
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     model = GPT(GPTConfig(tokenizer.n_vocab)).to(device)
     window = torch.arange(model.config.block_size + 1)
     if len(stream) < 10 * len(window):
@@ -158,18 +159,18 @@ def pretrain(out: Path, corpus: list[str], steps: int, batch_size: int, seed: in
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1),
         torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0),
     ]
 
     def rate(step: int) -> float:  # warm-up, a plateau, and a straight line down over the last 30 %
-        return min(1, (step + 1) / 30, (steps - step) / (0.3 * steps))
+        return min(1, (step + 1) / 30, (args.steps - step) / (0.3 * args.steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    generator = torch.Generator().manual_seed(seed)
-    progress = Progress(steps)
-    for _ in range(steps):
-        starts = torch.randint(len(stream) - len(window) + 1, (batch_size, 1), generator=generator)
+    generator = torch.Generator().manual_seed(args.seed)
+    progress = Progress(args.steps)
+    for _ in range(args.steps):
+        starts = torch.randint(len(stream) - len(window) + 1, (args.batch_size, 1), generator=generator)
         tokens = stream[starts + window].to(device)  # (B, T + 1)
         logits, _ = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -268,7 +269,9 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def answers(model: GPT, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int) -> list[str]:
+def answers(
+    model: GPT, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int
+) -> list[str]:
     """Source ids -> their greedy continuations as text, each of at most `limit` tokens, up to the end of text.
 
     Sources of one length share a batch, so that no padding stands between a source and its answer.
@@ -291,48 +294,59 @@ def answers(model: GPT, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command-line arguments -> checked flags, method defaults filled in. Raises ValueError for values out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what to do")
-    what.add_argument("--method", choices=[*RECIPES, "pretrain"], default="prefix", help="(default: prefix)")
-    what.add_argument("--task", default="sentence", help=f"{', '.join(data.TASKS)} (default: sentence)")
-    what.add_argument("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
-    what.add_argument("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a tenth of --data, held out)")
-    what.add_argument("--base", metavar="DIR", help=f"Hugging Face GPT-2 directory, or {', '.join(data.HUB_REPOS)} (default: {DEFAULT_BASE})")
-    what.add_argument("--corpus", metavar="FILE", nargs="+", default=[], help="with --method pretrain: texts to make the base of (default: restaurants)")
-    how = parser.add_argument_group("the adapter")
-    how.add_argument("--n-virtual", metavar="P", type=int, help="virtual tokens of each adapter (default: prefix 8, soft_prompt 6, both 4 each)")
-    how.add_argument("--init", choices=["text", "vocab", "random", "zero"], default="text", help="starting point (default: text)")
-    how.add_argument("--init-text", metavar="TEXT", help="for --init text (default: the first training examples)")
-    how.add_argument("--mid-dim", metavar="M", type=int, help="train the prefix through an MLP of this width (default: directly)")
-    train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, help="optimizer steps (default: by method)")
-    train.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
-    train.add_argument("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
-    train.add_argument("--seed", type=int, default=0, help="of the data, the order and the initialisation (default: 0)")
-    train.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    train.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base; adapters stay in float32 (default: float32)")
-    use = parser.add_argument_group("saving and using")
-    use.add_argument("--out", metavar="DIR", help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
-    use.add_argument("--predict", metavar="FILE", help="write input, target and prediction of the test data as JSONL")
-    use.add_argument("--adapter", metavar="DIR", nargs="+", default=[], help="trained adapters to use, foremost first, with --prompt")
-    use.add_argument("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
+
+    add = parser.add_argument_group("what to do").add_argument
+    add("--method", choices=RECIPES, default="prefix", help="(default: prefix)")
+    add("--task", default="sentence", help=f"{', '.join(data.TASKS)} (default: sentence)")
+    add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
+    add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
+    add("--base", metavar="DIR", help=f"Hugging Face GPT-2 directory, or {', '.join(data.HUB_REPOS)} (default: {DEFAULT_BASE})")
+    add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
+
+    add = parser.add_argument_group("the adapter").add_argument
+    add("--n-virtual", metavar="P", type=int, help="virtual tokens an adapter (default: prefix 8, soft_prompt 6, both 4 and 4)")
+    add("--init", choices=["text", "vocab", "random", "zero"], default="text", help="starting point (default: text)")
+    add("--init-text", metavar="TEXT", help="for --init text (default: the end of the first training example)")
+    add("--mid-dim", metavar="M", type=int, help="train the prefix through an MLP of this width (default: directly)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="optimizer steps (default: by method)")
+    add("--lr", type=float, help="peak learning rate (default: by method)")
+    add("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
+    add("--seed", type=int, default=0, help="of the data, the order and the initialisation (default: 0)")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base (default: float32)")
+
+    add = parser.add_argument_group("saving and using").add_argument
+    add("--out", metavar="DIR", help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
+    add("--predict", metavar="FILE", help="write input, target and prediction of the test data as JSONL")
+    add("--adapter", metavar="DIR", nargs="+", default=[], help="trained adapters to use with --prompt, foremost first")
+    add("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
+
     args = parser.parse_args(argv)
     for name in ("n_virtual", "mid_dim", "steps", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
+        if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr}: give a positive number")
-    if args.adapter and args.prompt is None:
-        raise ValueError("--adapter trains nothing and needs a --prompt to complete")
-    if args.init_text is not None and (args.init != "text" or not args.init_text):
-        raise ValueError(f"--init-text goes with --init text, and must not be empty: {args.init_text!r}, --init {args.init}")
-    if args.mid_dim and args.method not in ("prefix", "both"):
-        raise ValueError(f"--mid-dim goes with a prefix, not with --method {args.method}")
-    if args.corpus and args.method != "pretrain":
-        raise ValueError(f"--corpus goes with --method pretrain, not with --method {args.method}")
-    if args.method == "full" and args.dtype != "float32":
-        raise ValueError(f"--method full needs --dtype float32: in {args.dtype}, small updates of weights are rounded away")
+    misplaced = {
+        "--adapter trains nothing and needs a --prompt to complete": args.adapter and args.prompt is None,
+        f"--init-text goes with --init text, not {args.init}, and needs a text": args.init_text == ""
+        or (args.init_text and args.init != "text"),
+        f"--mid-dim goes with a prefix, not with --method {args.method}": args.mid_dim and args.method not in ("prefix", "both"),
+        f"--corpus goes with --method pretrain, not {args.method}": args.corpus and args.method != "pretrain",
+        "--method full needs --dtype float32: bfloat16 weights round small updates away": args.method == "full"
+        and args.dtype != "float32",
+    }
+    for sentence, wrong in misplaced.items():
+        if wrong:
+            raise ValueError(sentence)
+    recipe = RECIPES[args.method]
+    args.n_virtual = args.n_virtual or recipe.n_virtual
+    args.steps = args.steps or recipe.steps
+    args.lr = args.lr or recipe.lr
     return args
 
 
@@ -343,11 +357,12 @@ def prepare_base(args: argparse.Namespace, device: torch.device) -> tuple[str | 
     data.restore(DEFAULT_BASE)
     if not asked and (base != DEFAULT_BASE or base.exists()):
         return base, 0.0
+    if not asked:  # on the way of a tuning run: always the same base, whatever the flags of that run
+        args = parse(["--method", "pretrain"])
     data.check_replaceable(base)
     print(f"pretraining the small base, once, into {base}")
     begin = time.perf_counter()
-    # A base that a tuning run makes on its way is always the same one, whatever that run's own flags
-    pretrain(base, args.corpus, asked and args.steps or 500, batch_size=16, seed=args.seed if asked else 0, device=device)
+    pretrain(base, args, device)
     return base, time.perf_counter() - begin
 
 
@@ -361,21 +376,17 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = data.load_tokenizer(base)
     model = GPT.from_pretrained(base).to(device, getattr(torch, args.dtype)).freeze()
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{base}: the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: they do not belong together")
+        raise ValueError(f"{base}: a tokenizer of {tokenizer.n_vocab} tokens, a model of {model.config.vocab_size}: no pair")
     if args.prompt is not None:
         adapters = [load_adapter(directory, model) for directory in args.adapter]
         (completion,) = answers(model, adapters, tokenizer, [data.source_ids(tokenizer, args.prompt)], limit=256)
         print(completion)
         return {"method": "prompt", "completion": completion}
 
-    recipe = RECIPES[args.method]
-    args.n_virtual = args.n_virtual or recipe.n_virtual
-    args.steps = args.steps or recipe.steps
-    args.lr = args.lr or recipe.lr
     task, examples = load_examples(args)
     out = Path(args.out or f"out/{task}/{args.method}")
     data.check_replaceable(out)
-    limit = model.config.block_size - args.n_virtual * len(recipe.adapters)
+    limit = model.config.block_size - args.n_virtual * len(RECIPES[args.method].adapters)
     if limit < 1:
         raise ValueError(f"--n-virtual {args.n_virtual} fills the context of {model.config.block_size}: lower it")
     train, validation, test = (data.encode(tokenizer, examples[split], limit) for split in ("train", "validation", "test"))
@@ -430,7 +441,7 @@ def share(hits: list[bool]) -> float:
 
 
 def save(out: Path, adapters: list[nn.Module], model: GPT, base: str | Path) -> None:
-    """Saves one adapter to `out`, a stack to folders in it, or, where there is no adapter, the tuned model. Says how to use it."""
+    """Saves one adapter to `out`, a stack to folders in it, the tuned model where there is none, and says how to use it."""
     if len(adapters) == 1:
         folders = [out]
         adapters[0].save(out, model)

@@ -38,7 +38,11 @@ def test_the_split_is_the_same_in_another_process():
     code = "import data, random; r = random.Random(1); print([data.random_record(r, 'test') for _ in range(20)])"
     runs = [
         subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(data.__file__).parent, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=Path(data.__file__).parent,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
         )
         for seed in ("1", "2")
     ]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
+from conftest import BLOCK, C, D, H, V, random_ids, random_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
