@@ -42,9 +42,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "prefix": Recipe((Prefix,), 8, 3e-2, 150),
-    "soft_prompt": Recipe((SoftPrompt,), 6, 1e-1, 200),
-    "both": Recipe((Prefix, SoftPrompt), 4, 5e-2, 150),
+    "prefix": Recipe((Prefix,), 8, 1e-1, 150),
+    "soft_prompt": Recipe((SoftPrompt,), 6, 1e-1, 150),
+    "both": Recipe((Prefix, SoftPrompt), 4, 1e-1, 150),
     "full": Recipe((), 0, 5e-4, 150),
     "none": Recipe((), 0, 0.0, 0),
     "pretrain": Recipe((), 0, 2e-2, 600),
@@ -286,7 +286,7 @@ def answers(
             chunk = same[start : start + 32]
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
             for i, row in zip(chunk, model.generate(idx, room, past_kv, stop_token=tokenizer.eot_token).tolist()):
-                texts[i] = tokenizer.decode([token for token in row[length:] if token != tokenizer.eot_token])
+                texts[i] = tokenizer.decode([token for token in row[length:] if token < tokenizer.eot_token])  # the last id
     return texts
 
 

@@ -131,7 +131,8 @@ def test_the_default_start_is_the_end_of_a_training_example(base):
     args = train.parse(["--method", "soft_prompt", "--n-virtual", "5", "--init-text", "Thai food"])
     (prompt,) = train.new_adapters(args, model, tokenizer, rows)
     assert_close(prompt.vectors.data, model.wte.weight[(tokenizer.encode_ordinary("Thai food") * 5)[:5]])
-    (prompt,) = train.new_adapters(train.parse(["--method", "soft_prompt", "--init", "vocab", "--n-virtual", "3"]), model, tokenizer, rows)
+    args = train.parse(["--method", "soft_prompt", "--init", "vocab", "--n-virtual", "3"])
+    (prompt,) = train.new_adapters(args, model, tokenizer, rows)
     seen = {i for row in rows for i in row.source + row.target}
     assert set(prompt.nearest_tokens(model).flatten().tolist()) <= seen
 
@@ -182,6 +183,8 @@ def test_predictions_are_what_each_source_gives_alone(base, tmp_path):
     limit = 2 * max(len(tokenizer.encode_ordinary(line["target"])) + 1 for line in lines)
     alone = [train.answers(model, adapter, tokenizer, [source], limit)[0] for source in sources]
     assert train.answers(model, adapter, tokenizer, sources, limit) == alone
+    bytes_only = data.build_tokenizer(data.ranks_of([]))  # a model may know more ids than its tokenizer: they are no text
+    assert isinstance(train.answers(model, [], bytes_only, [[5, 6]], 20)[0], str)
     assert [line["prediction"] for line in lines] == alone[:4]
 
 
