@@ -9,6 +9,7 @@
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -17,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before torch: else MKL's sums depend on where memory happens to lie
 
 import tiktoken
 import torch
