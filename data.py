@@ -37,8 +37,9 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
+CHECKPOINT = "checkpoint.safetensors"
 OUR_FILES = {"config.json", "model.safetensors", "vocab.json", "merges.txt"} | {
-    "adapter_config.json", "adapter_model.safetensors", "base.json", "prefix", "soft_prompt",
+    "adapter_config.json", "adapter_model.safetensors", "base.json", "prefix", "soft_prompt", CHECKPOINT, f".{CHECKPOINT}.new",
 }  # fmt: skip
 HUB = "https://huggingface.co/{repo}/resolve/main/{file}"
 HUB_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -66,6 +67,18 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
         restore(directory)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which takes the place of `path` in one go when the block ends without error."""
+    new = path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def check_replaceable(directory: Path) -> None:
@@ -318,9 +331,7 @@ def random_document(rng: random.Random) -> str:
 
 
 def task_examples(name: str, split: str, n: int, seed: int) -> list[Example]:
-    """-> n examples of a task on random records of one split. Raises ValueError for an unknown task."""
-    if name not in TASKS:
-        raise ValueError(f"unknown --task {name!r}: choose one of {', '.join(TASKS)}")
+    """-> n examples of a task on random records of one split."""
     rng = random.Random(f"{split} {seed}")
     return [task_example(TASKS[name], random_record(rng, split)) for _ in range(n)]
 
@@ -386,19 +397,23 @@ def source_ids(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     return tokenizer.encode_ordinary(text) + tokenizer.encode_ordinary("\n")
 
 
-def encode(tokenizer: tiktoken.Encoding, examples: list[Example], limit: int) -> list[Row]:
-    """Examples -> rows. Raises ValueError, with its number, for one that does not fit into `limit` positions."""
-    rows = []
-    for number, example in enumerate(examples, start=1):
-        row = Row(source_ids(tokenizer, example.input), tokenizer.encode_ordinary(example.target) + [tokenizer.eot_token])
+def encode(tokenizer: tiktoken.Encoding, examples: list[Example]) -> list[Row]:
+    """Examples -> rows."""
+    return [
+        Row(source_ids(tokenizer, example.input), tokenizer.encode_ordinary(example.target) + [tokenizer.eot_token])
+        for example in examples
+    ]
+
+
+def check_lengths(rows: list[Row], limit: int) -> None:
+    """Raises ValueError, with its number, for a row that does not fit into `limit` positions."""
+    for number, row in enumerate(rows, start=1):
         positions = len(row.source) + len(row.target) - 1  # the last token is predicted, never read
         if positions > limit:
             raise ValueError(
                 f"example {number} takes {positions} positions, and {limit} are left beside the virtual tokens: "
                 "shorten it or lower --n-virtual"
             )
-        rows.append(row)
-    return rows
 
 
 def batch_of(rows: list[Row], device: torch.device) -> Batch:

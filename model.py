@@ -34,6 +34,17 @@ from data import base_directory, read_json, replaced_directory, saved_file
 KVCache = list[tuple[Tensor, Tensor]]  # per layer (keys, values), each (B, H, S, D), or batch 1: shared by all rows
 
 
+def rows_of(caches: list[KVCache]) -> KVCache:
+    """N caches of batch 1 and one length -> one of batch N, (N, H, P, D), so that each row of a batch has its own past.
+
+    Raises ValueError if their lengths differ.
+    """
+    lengths = [cache[0][0].size(2) for cache in caches]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"pasts of {lengths} positions cannot be rows of one batch: give adapters of one length")
+    return [tuple(torch.cat(tensors) for tensors in zip(*layer)) for layer in zip(*caches)]
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes of a GPT; the defaults are those of the small base that train.py makes."""

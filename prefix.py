@@ -34,14 +34,27 @@ class Prefix(nn.Module):
         self.mlp = None
 
     @classmethod
+    def from_cache(cls, cache: KVCache) -> "Prefix":
+        """L pairs (k, v) of (1, H, P, D) -> a prefix of these very numbers.
+
+        So whatever acts through a cache can become a prefix: a text, a soft prompt, a stack of adapters.
+        """
+        return cls(torch.stack([torch.stack(kv) for kv in cache])[:, :, 0].permute(3, 0, 1, 2, 4))
+
+    @classmethod
+    @torch.no_grad()
     def text(cls, model: GPT, ids: Tensor) -> "Prefix":
         """(P,) ids -> the keys and values that the model computes for a real text (Li & Liang §6.5).
 
         Untrained, it acts exactly as that text in the context would, so training starts from a place the model knows.
         """
-        with torch.no_grad():
-            _, cache = model(ids[None])
-        return cls(torch.stack([torch.stack(kv) for kv in cache])[:, :, 0].permute(3, 0, 1, 2, 4))
+        _, cache = model(ids[None])
+        return cls.from_cache(cache)
+
+    @classmethod
+    def vocab(cls, model: GPT, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
+        """ids of frequent tokens -> the keys and values of P of them, drawn at random (the "random words" of Li & Liang §6.5)."""
+        return cls.text(model, drawn(ids, n_virtual, generator))
 
     @classmethod
     def random(cls, model: GPT, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
@@ -134,6 +147,12 @@ def kv_shape(model: GPT, n_virtual: int) -> tuple[int, ...]:
 def trainable(start: Tensor) -> Tensor:
     """-> a copy in float32, or in the wider dtype it has: half precision would round small updates away."""
     return start.detach().to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()
+
+
+def drawn(ids: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """-> n of the ids, each at most once as long as there are enough."""
+    chosen = torch.multinomial(torch.ones(len(ids)), n, replacement=n > len(ids), generator=generator)
+    return ids[chosen.to(ids.device)]
 
 
 # An adapter on disk is a PEFT directory: adapter_config.json, and one tensor in adapter_model.safetensors.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, KVCache
-from prefix import read_adapter, trainable, write_adapter
+from prefix import drawn, read_adapter, trainable, write_adapter
 
 
 class SoftPrompt(nn.Module):
@@ -42,13 +42,17 @@ class SoftPrompt(nn.Module):
     @classmethod
     def vocab(cls, model: GPT, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
         """ids of frequent tokens -> the embeddings of P of them, drawn without regard to order (Lester et al. §3.2)."""
-        drawn = torch.multinomial(torch.ones(len(ids)), n_virtual, replacement=n_virtual > len(ids), generator=generator)
-        return cls.text(model, ids[drawn.to(ids.device)])
+        return cls.text(model, drawn(ids, n_virtual, generator))
 
     @classmethod
     def random(cls, model: GPT, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
         """-> P vectors uniform in ±0.5 (Lester et al. §3.2), many times the length of a real embedding."""
         return cls(torch.rand(n_virtual, model.config.n_embd, generator=generator).to(model.device) - 0.5)
+
+    @classmethod
+    def zero(cls, model: GPT, n_virtual: int) -> "SoftPrompt":
+        """-> P vectors of zeros. The model adds its positions, so the rows differ, unlike those of a zero prefix."""
+        return cls(torch.zeros(n_virtual, model.config.n_embd, device=model.device))
 
     def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), as the model computes them from the vectors; behind `past_kv` if given.

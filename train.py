@@ -7,23 +7,29 @@
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before torch: else MKL's sums depend on where memory happens to lie
 
 import tiktoken
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import data
@@ -33,6 +39,7 @@ from prefix import Prefix
 from soft_prompt import SoftPrompt
 
 DEFAULT_BASE = Path("out/base")
+STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
 
 
 class Recipe(NamedTuple):
@@ -52,6 +59,18 @@ RECIPES = {
     "none": Recipe((), 0, 0.0, 0),
     "pretrain": Recipe((), 0, 2e-2, 600),
 }
+
+
+class Run(NamedTuple):
+    """What a tuning run works on."""
+
+    task: str
+    model: GPT
+    tokenizer: tiktoken.Encoding
+    adapters: list[nn.Module]  # the foremost first; none where the model itself is tuned, or nothing is
+    examples: dict[str, list[data.Example]]  # train, validation, test
+    rows: dict[str, list[Row]]  # the same in ids
+
 
 # -------------------------------------------------------------------------------------------------------- the objective
 
@@ -100,28 +119,45 @@ def evaluate(model: GPT, adapters: list[nn.Module], rows: list[Row], batch_size:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def tune(model: GPT, adapters: list[nn.Module], rows: list[Row], args: argparse.Namespace) -> None:
-    """Trains the adapters, or the model itself if there are none. Raises ValueError if the loss stops being a number."""
-    optimizer = torch.optim.AdamW(trainable_parameters(model, adapters), lr=args.lr, weight_decay=0.0)
+def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
+    """Trains the adapters, or the model itself if there are none -> the curve: pairs of step and validation loss.
 
-    def rate(step: int) -> float:  # a short warm-up, then a straight line down (Li & Liang, appendix)
-        return min((step + 1) / 10, (args.steps - step) / args.steps)
+    Every --save-every steps, and at Ctrl-C, a checkpoint is left in --out, from which --resume goes on to the same end,
+    bit for bit. Raises ValueError if the loss stops being a number, or a checkpoint of another run is there.
+    """
+    trainee = nn.ModuleList(run.adapters or [run.model])
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, weight_decay=0.0)
+    checkpoint, settings = args.out / data.CHECKPOINT, settings_of(run, args)
+    step, curve = load_checkpoint(checkpoint, trainee, optimizer, settings, args.resume)
+    progress = Progress(step, args.steps)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    progress = Progress(args.steps)
-    for batch in shuffled_batches(rows, args, model.device):
-        logits, targets = target_logits(model, batch, stacked_past_kv(adapters, model))
-        loss = F.cross_entropy(logits, targets)
-        check_finite(loss.item(), args.lr)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.show(loss.item(), batch.idx.numel())
+    def validate() -> None:
+        loss, _ = evaluate(run.model, run.adapters, run.rows["validation"], args.batch_size)
+        check_finite(loss, args.lr)
+        curve.append((step, loss))
 
-
-def trainable_parameters(model: GPT, adapters: list[nn.Module]) -> list[nn.Parameter]:
-    return [p for module in (*adapters, model) for p in module.parameters() if p.requires_grad]
+    if step == 0:
+        validate()
+        print(f"start    validation loss {curve[0][1]:.3f}, with the untrained adapter")
+    with postponed_interrupt() as interrupts:
+        for batch in islice(shuffled_batches(run.rows["train"], args, run.model.device), step, None):
+            logits, targets = target_logits(run.model, batch, stacked_past_kv(run.adapters, run.model))
+            loss = F.cross_entropy(logits, targets)
+            check_finite(loss.item(), args.lr)
+            optimizer.zero_grad()
+            loss.backward()
+            # a short warm-up, then a straight line down (Li & Liang, appendix)
+            optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 10, (args.steps - step) / args.steps)
+            optimizer.step()
+            step += 1
+            if step % args.eval_every == 0 or step == args.steps:
+                validate()
+            progress.show(step, batch.idx.numel(), f"loss {loss.item():.3f}  validation {curve[-1][1]:.3f}")
+            if step < args.steps and (interrupts or step % args.save_every == 0):
+                save_checkpoint(checkpoint, trainee, optimizer, settings, step, curve)
+            if interrupts and step < args.steps:
+                raise KeyboardInterrupt(f"stopped after step {step}; the same command with --resume goes on from there")
+    return curve
 
 
 def check_finite(loss: float, lr: float) -> None:
@@ -130,7 +166,7 @@ def check_finite(loss: float, lr: float) -> None:
 
 
 def shuffled_batches(rows: list[Row], args: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
-    """-> one batch a step; every row comes once, in a new order, before any comes again."""
+    """-> one batch a step; every row comes once, in a new order, before any comes again. The seed decides it all."""
     rng = random.Random(args.seed)
     queue: list[Row] = []
     for _ in range(args.steps):
@@ -138,6 +174,76 @@ def shuffled_batches(rows: list[Row], args: argparse.Namespace, device: torch.de
             queue += rng.sample(rows, len(rows))
         yield data.batch_of(queue[: args.batch_size], device)
         del queue[: args.batch_size]
+
+
+@contextmanager
+def postponed_interrupt() -> Iterator[list]:
+    """Yields a list that the first Ctrl-C is noted in, so that the step at hand is finished; a second one acts as ever."""
+    interrupts = []
+
+    def note(*signal_and_frame: Any) -> None:
+        interrupts.append(signal_and_frame)
+        signal.signal(signal.SIGINT, usual)
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+# A checkpoint is one file: what is trained, the optimizer's averages, and as metadata the step, the curve and the
+# settings. The order of the examples needs no random state: it follows from the seed and the step.
+
+
+def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """-> all that decides how a run goes; two runs that agree in it are the same run."""
+    flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size", "seed", "dtype", "eval_every")
+    examples = hashlib.sha256(repr((run.rows["train"], run.rows["validation"])).encode()).hexdigest()[:16]
+    return {flag: getattr(args, flag) for flag in flags} | {"base": run.model.fingerprint(), "examples": examples}
+
+
+def save_checkpoint(
+    file: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], step: int, curve: list
+) -> None:
+    """Writes the checkpoint; the last one stays until this one is whole."""
+    averages = optimizer.state_dict()["state"]  # of each trained tensor: {number: {name: tensor}}
+    tensors = trainee.state_dict() | {f"{i}/{name}": t for i, named in averages.items() for name, t in named.items()}
+    metadata = {"step": step, "curve": curve, "settings": settings}
+    with data.replaced_file(file) as new:
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, new, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+def load_checkpoint(
+    file: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], resume: bool
+) -> tuple[int, list]:
+    """Puts a checkpoint's numbers in place -> its step and curve; 0 and an empty curve where there is none.
+
+    Raises ValueError where one is there that is not to be resumed, or is of another run.
+    """
+    if not file.exists():
+        return 0, []
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = {key: json.loads(value) for key, value in opened.metadata().items()}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is not a whole checkpoint ({error}): delete it to start anew") from None
+    step, found = metadata["step"], metadata["settings"]
+    if not resume:
+        raise ValueError(f"{file} is of a run that was stopped after step {step}: add --resume to go on, or delete it")
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(f"{file} is of a run with {name} {found.get(name)}, not {value}: repeat its flags, or delete it")
+    averages: dict[int, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if "/" in key]:
+        number, name = key.split("/")
+        averages.setdefault(int(number), {})[name] = tensors.pop(key)
+    trainee.load_state_dict(tensors)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
+    print(f"resuming after step {step}")
+    return step, [tuple(point) for point in metadata["curve"]]
 
 
 def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
@@ -171,76 +277,93 @@ def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     generator = torch.Generator().manual_seed(args.seed)
-    progress = Progress(args.steps)
-    for _ in range(args.steps):
+    progress = Progress(0, args.steps)
+    for step in range(1, args.steps + 1):
         starts = torch.randint(len(stream) - len(window) + 1, (args.batch_size, 1), generator=generator)
         tokens = stream[starts + window].to(device)  # (B, T + 1)
         logits, _ = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        check_finite(loss.item(), args.lr)
         model.zero_grad()
         loss.backward()
         for stepper in optimizers + schedules:
             stepper.step()
-        progress.show(loss.item(), tokens[:, 1:].numel())
+        progress.show(step, tokens[:, 1:].numel(), f"loss {loss.item():.3f}")
     with data.replaced_directory(out) as new:
         model.save_pretrained(new)
         data.save_tokenizer(new, merges)
 
 
 class Progress:
-    """One line with step, loss, tokens/s and time left: refreshed in place on a terminal, ten lines where piped."""
+    """One line with step, losses, tokens/s and time left: refreshed in place on a terminal, ten lines where piped."""
 
-    def __init__(self, steps: int):
-        self.steps, self.step, self.tokens, self.begin = steps, 0, 0, time.perf_counter()
+    def __init__(self, step: int, steps: int):
+        self.first, self.steps, self.tokens, self.begin = step, steps, 0, time.perf_counter()
 
-    def show(self, loss: float, tokens: int) -> None:
-        self.step += 1
+    def show(self, step: int, tokens: int, losses: str) -> None:
+        """Notes that `step` steps are done, the last of them on so many tokens."""
         self.tokens += tokens
-        terminal, last = sys.stdout.isatty(), self.step == self.steps
-        if not (last or self.step % (5 if terminal else math.ceil(self.steps / 10)) == 0):
+        terminal, last = sys.stdout.isatty(), step == self.steps
+        if not (last or step % (5 if terminal else math.ceil(self.steps / 10)) == 0):
             return
         seconds = time.perf_counter() - self.begin
-        left = seconds / self.step * (self.steps - self.step)
-        line = f"step {self.step:4}/{self.steps}  loss {loss:.3f}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
+        left = seconds / (step - self.first) * (self.steps - step)
+        line = f"step {step:4}/{self.steps}  {losses}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
         print(f"\r{line}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- set-up
 
-
-def new_adapters(args: argparse.Namespace, model: GPT, tokenizer: tiktoken.Encoding, rows: list[Row]) -> list[nn.Module]:
-    """-> the untrained adapters of a method, foremost first."""
-    P, kinds = args.n_virtual, RECIPES[args.method].adapters
-    ids = [i for row in rows for i in row.source + row.target]
-    # By default the end of a training example, so that the input comes where a new document would
-    text = tokenizer.encode_ordinary(args.init_text) if args.init_text else (rows[0].source + rows[0].target)[-len(kinds) * P :]
-    text *= len(kinds) * P  # as often as need be
-    frequent = [token for token, _ in Counter(ids).most_common(5000)]
-    generator = torch.Generator().manual_seed(args.seed)
-    adapters = []
-    for i, kind in enumerate(kinds):
-        starts = {
-            "text": (torch.tensor(text[i * P : (i + 1) * P], device=model.device),),
-            "vocab": (torch.tensor(frequent, device=model.device), P, generator),
-            "random": (P, generator),
-            "zero": (P,),
-        }
-        known = [name for name in starts if hasattr(kind, name)]
-        if args.init not in known:
-            raise ValueError(f"--init {args.init} is not for a {kind.__name__}: choose one of {', '.join(known)}")
-        adapters.append(getattr(kind, args.init)(model, *starts[args.init]))
-        if args.mid_dim and kind is Prefix:
-            adapters[-1].reparametrise(args.mid_dim)
-    return adapters
+STARTS = ("text", "vocab", "random", "zero")
 
 
-def load_adapter(directory: str, model: GPT) -> nn.Module:
-    """A PEFT directory -> the Prefix or SoftPrompt that it holds."""
-    kinds = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": SoftPrompt}
-    kind = str(data.read_json(data.saved_file(Path(directory), "adapter_config.json")).get("peft_type"))
-    if kind not in kinds:
-        raise ValueError(f"{directory} is an adapter of type {kind}: only {' and '.join(kinds)} can be loaded")
-    return kinds[kind].load(directory, model).to(model.device)
+def pick_device(name: str | None) -> torch.device:
+    """-> the device asked for, or the best there is. Raises ValueError if it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(kind for kind, there in present.items() if there)
+    if not present.get(name.split(":")[0]):
+        raise ValueError(f"--device {name} is not there: this machine has {', '.join(k for k in present if present[k])}")
+    return torch.device(name)
+
+
+def make_base(args: argparse.Namespace) -> float:
+    """Pretrains the base that is asked for, or the small one where a run needs it and it is not there -> seconds taken."""
+    if args.method != "pretrain":
+        data.restore(DEFAULT_BASE)
+        if args.base or DEFAULT_BASE.exists():
+            return 0.0
+        args = parse(["--method", "pretrain", *(["--device", args.device] if args.device else [])])  # the same for every run
+    data.check_replaceable(args.out)
+    print(f"pretraining the small base, once, into {args.out}")
+    begin = time.perf_counter()
+    pretrain(args.out, args, pick_device(args.device))
+    return time.perf_counter() - begin
+
+
+def load_base(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
+    """-> the frozen model and its tokenizer, on the device and in the dtype that are asked for."""
+    base, device = args.base or DEFAULT_BASE, pick_device(args.device)
+    tokenizer = data.load_tokenizer(base)
+    model = GPT.from_pretrained(base).to(device, getattr(torch, args.dtype)).freeze()
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{base}: a tokenizer of {tokenizer.n_vocab} tokens, a model of {model.config.vocab_size}: no pair")
+    return model, tokenizer
+
+
+def prepare(args: argparse.Namespace, model: GPT, tokenizer: tiktoken.Encoding) -> Run:
+    """Checks that all can be done and saved, makes the adapters -> the run that `tune` and `evaluate` work on."""
+    task, examples = load_examples(args)
+    args.out = args.out or Path("out") / task / args.method
+    data.check_replaceable(args.out)
+    rows = {split: data.encode(tokenizer, examples[split]) for split in examples}
+    torch.manual_seed(args.seed)
+    adapters = new_adapters(args, model, tokenizer, rows["train"])
+    model.requires_grad_(args.method == "full")
+    past_kv = stacked_past_kv(adapters, model)
+    n_virtual = past_kv[0][0].size(2) if past_kv else 0
+    for split in rows:
+        data.check_lengths(rows[split], model.config.block_size - n_virtual)
+    return Run(task, model, tokenizer, adapters, examples, rows)
 
 
 def load_examples(args: argparse.Namespace) -> tuple[str, dict[str, list[data.Example]]]:
@@ -263,13 +386,51 @@ def load_examples(args: argparse.Namespace) -> tuple[str, dict[str, list[data.Ex
     return Path(args.data).stem, {"train": train, "validation": held_out, "test": held_out}
 
 
-def pick_device(name: str | None) -> torch.device:
-    """-> the device asked for, or the best there is. Raises ValueError if it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind, there in present.items() if there)
-    if not present.get(name.split(":")[0]):
-        raise ValueError(f"--device {name} is not there: this machine has {', '.join(k for k in present if present[k])}")
-    return torch.device(name)
+def new_adapters(args: argparse.Namespace, model: GPT, tokenizer: tiktoken.Encoding, rows: list[Row]) -> list[nn.Module]:
+    """-> the adapters of a method, foremost first, as training starts with them."""
+    P, kinds = args.n_virtual, RECIPES[args.method].adapters
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def start(kind: type[nn.Module], text: list[int]) -> nn.Module:
+        match args.init:
+            case "text":
+                return kind.text(model, torch.tensor(text, device=model.device))
+            case "vocab":
+                counts = Counter(i for row in rows for i in row.source + row.target)
+                frequent = [token for token, _ in counts.most_common(5000)]
+                return kind.vocab(model, torch.tensor(frequent, device=model.device), P, generator)
+            case "random":
+                return kind.random(model, P, generator)
+            case "zero":
+                return kind.zero(model, P)
+
+    if args.init in STARTS:
+        # By default the end of a training example, so that the input comes where a new document would
+        text = tokenizer.encode_ordinary(args.init_text or "") or (rows[0].source + rows[0].target)[-len(kinds) * P :]
+        text *= len(kinds) * P  # as often as need be; in a stack, each adapter starts from its part
+        adapters = [start(kind, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
+    else:
+        adapters = load_adapters(args.init, model)
+    if tuple(map(type, adapters)) != kinds:
+        found, needed = (" and ".join(kind.__name__ for kind in some) for some in (map(type, adapters), kinds))
+        raise ValueError(f"--init {args.init} holds a {found}, and --method {args.method} trains a {needed}")
+    for adapter in adapters:
+        if args.mid_dim and isinstance(adapter, Prefix):
+            adapter.reparametrise(args.mid_dim)
+    return adapters
+
+
+def load_adapters(directory: str, model: GPT) -> list[nn.Module]:
+    """A saved adapter, or the folder that a stack was saved to -> the adapters in it, foremost first."""
+    kinds = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": SoftPrompt}
+    inner = [Path(directory) / name for name in STACK]
+    adapters = []
+    for folder in inner if all(path.is_dir() for path in inner) else [Path(directory)]:
+        kind = str(data.read_json(data.saved_file(folder, "adapter_config.json")).get("peft_type"))
+        if kind not in kinds:
+            raise ValueError(f"{folder} is an adapter of type {kind}: only {' and '.join(kinds)} can be loaded")
+        adapters.append(kinds[kind].load(folder, model).to(model.device))
+    return adapters
 
 
 def answers(
@@ -302,7 +463,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what to do").add_argument
     add("--method", choices=RECIPES, default="prefix", help="(default: prefix)")
-    add("--task", default="sentence", help=f"{', '.join(data.TASKS)} (default: sentence)")
+    add("--task", choices=data.TASKS, default="sentence", metavar="TASK", help=f"{', '.join(data.TASKS)} (default: sentence)")
     add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
     add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
     add("--base", metavar="DIR", help=f"Hugging Face GPT-2 directory, or {', '.join(data.HUB_REPOS)} (default: {DEFAULT_BASE})")
@@ -310,7 +471,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("the adapter").add_argument
     add("--n-virtual", metavar="P", type=int, help="virtual tokens an adapter (default: prefix 8, soft_prompt 6, both 4 and 4)")
-    add("--init", choices=["text", "vocab", "random", "zero"], default="text", help="starting point (default: text)")
+    add("--init", default="text", help=f"start: {', '.join(STARTS)}, or the directory of a trained adapter (default: text)")
     add("--init-text", metavar="TEXT", help="for --init text (default: the end of the first training example)")
     add("--mid-dim", metavar="M", type=int, help="train the prefix through an MLP of this width (default: directly)")
 
@@ -319,122 +480,95 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (default: by method)")
     add("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
     add("--seed", type=int, default=0, help="of the data, the order and the initialisation (default: 0)")
+    add("--eval-every", metavar="STEPS", type=int, help="between two looks at the validation data (default: a tenth of --steps)")
+    add("--save-every", metavar="STEPS", type=int, default=500, help="between two checkpoints (default: 500)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base (default: float32)")
 
     add = parser.add_argument_group("saving and using").add_argument
-    add("--out", metavar="DIR", help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
+    add("--out", metavar="DIR", type=Path, help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
     add("--predict", metavar="FILE", help="write input, target and prediction of the test data as JSONL")
     add("--adapter", metavar="DIR", nargs="+", default=[], help="trained adapters to use with --prompt, foremost first")
     add("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
 
     args = parser.parse_args(argv)
-    for name in ("n_virtual", "mid_dim", "steps", "batch_size"):
+    for name in ("n_virtual", "mid_dim", "steps", "batch_size", "eval_every", "save_every"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr}: give a positive number")
-    misplaced = {
-        "--adapter trains nothing and needs a --prompt to complete": args.adapter and args.prompt is None,
-        f"--init-text goes with --init text, not {args.init}, and needs a text": args.init_text == ""
-        or (args.init_text and args.init != "text"),
-        f"--mid-dim goes with a prefix, not with --method {args.method}": args.mid_dim and args.method not in ("prefix", "both"),
-        f"--corpus goes with --method pretrain, not {args.method}": args.corpus and args.method != "pretrain",
-        "--method full needs --dtype float32: bfloat16 weights round small updates away": args.method == "full"
-        and args.dtype != "float32",
-    }
-    for sentence, wrong in misplaced.items():
-        if wrong:
-            raise ValueError(sentence)
+    if args.adapter and args.prompt is None:
+        raise ValueError("--adapter trains nothing and needs a --prompt to complete; to train on from one, give it as --init")
+    if args.init_text is not None and (args.init != "text" or not args.init_text):
+        raise ValueError(f"--init-text {args.init_text!r} with --init {args.init}: it goes with --init text, and needs a text")
+    if args.n_virtual and args.init not in STARTS:
+        raise ValueError(f"--n-virtual {args.n_virtual} with --init {args.init}: a trained adapter keeps its length")
+    if args.mid_dim and args.method not in ("prefix", "both"):
+        raise ValueError(f"--mid-dim goes with a prefix, not with --method {args.method}")
+    if args.corpus and args.method != "pretrain":
+        raise ValueError(f"--corpus goes with --method pretrain, not {args.method}")
+    if args.method == "full" and args.dtype != "float32":
+        raise ValueError(f"--method full with --dtype {args.dtype}: it needs float32, since less rounds small updates away")
     recipe = RECIPES[args.method]
     args.n_virtual = args.n_virtual or recipe.n_virtual
-    args.steps = args.steps or recipe.steps
+    args.steps = 0 if args.method == "none" else args.steps or recipe.steps
     args.lr = args.lr or recipe.lr
+    args.eval_every = args.eval_every or math.ceil(args.steps / 10)
+    if args.method == "pretrain":
+        args.out = args.out or DEFAULT_BASE
     return args
-
-
-def prepare_base(args: argparse.Namespace, device: torch.device) -> tuple[str | Path, float]:
-    """-> the base's directory or name, and the seconds spent on pretraining it, 0 where it was there already."""
-    asked = args.method == "pretrain"
-    base = Path(args.out or DEFAULT_BASE) if asked else args.base or DEFAULT_BASE
-    data.restore(DEFAULT_BASE)
-    if not asked and (base != DEFAULT_BASE or base.exists()):
-        return base, 0.0
-    if not asked:  # on the way of a tuning run: always the same base, whatever the flags of that run
-        args = parse(["--method", "pretrain"])
-    data.check_replaceable(base)
-    print(f"pretraining the small base, once, into {base}")
-    begin = time.perf_counter()
-    pretrain(base, args, device)
-    return base, time.perf_counter() - begin
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Command-line arguments -> what was measured. Raises ValueError, in one sentence, for what a user got wrong."""
     args = parse(argv)
-    device = pick_device(args.device)
-    base, seconds_pretrain = prepare_base(args, device)
+    seconds_pretrain = make_base(args)
     if args.method == "pretrain":
-        return {"method": "pretrain", "seconds_pretrain": seconds_pretrain, "out": str(base)}
-    tokenizer = data.load_tokenizer(base)
-    model = GPT.from_pretrained(base).to(device, getattr(torch, args.dtype)).freeze()
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{base}: a tokenizer of {tokenizer.n_vocab} tokens, a model of {model.config.vocab_size}: no pair")
+        return {"method": "pretrain", "seconds_pretrain": seconds_pretrain, "out": str(args.out)}
+    model, tokenizer = load_base(args)
     if args.prompt is not None:
-        adapters = [load_adapter(directory, model) for directory in args.adapter]
+        adapters = [adapter for directory in args.adapter for adapter in load_adapters(directory, model)]
         (completion,) = answers(model, adapters, tokenizer, [data.source_ids(tokenizer, args.prompt)], limit=256)
         print(completion)
         return {"method": "prompt", "completion": completion}
 
-    task, examples = load_examples(args)
-    out = Path(args.out or f"out/{task}/{args.method}")
-    data.check_replaceable(out)
-    limit = model.config.block_size - args.n_virtual * len(RECIPES[args.method].adapters)
-    if limit < 1:
-        raise ValueError(f"--n-virtual {args.n_virtual} fills the context of {model.config.block_size}: lower it")
-    train, validation, test = (data.encode(tokenizer, examples[split], limit) for split in ("train", "validation", "test"))
-    torch.manual_seed(args.seed)
-    adapters = new_adapters(args, model, tokenizer, train)
-    model.requires_grad_(args.method == "full")
+    run = prepare(args, model, tokenizer)
     n_base = sum(p.numel() for p in model.parameters())
-    n_trainable = sum(p.numel() for p in trainable_parameters(model, adapters))
-    n_stored = sum(adapter.n_stored() for adapter in adapters) or n_trainable
+    n_trainable = sum(p.numel() for module in (model, *run.adapters) for p in module.parameters() if p.requires_grad)
+    n_stored = sum(adapter.n_stored() for adapter in run.adapters) or n_trainable
     percent = 100 * n_stored / n_base
-
-    first = examples["train"][0]
-    print(f"base     {base}: {n_base:,} parameters, context {model.config.block_size}, {args.dtype} on {device}")
-    print(f"task     {task}: {first.input!r} -> {first.target!r}")
+    print(f"base     {model.name}: {n_base:,} parameters, context {model.config.block_size}, {args.dtype} on {model.device}")
+    print("task     {}: {!r} -> {!r}".format(run.task, *run.examples["train"][0]))
     print(f"method   {args.method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base")
-    loss_before, _ = evaluate(model, [], validation, args.batch_size)
-    loss_init, _ = evaluate(model, adapters, validation, args.batch_size)
-    print(f"before   validation loss {loss_before:.3f}, with the untrained adapter {loss_init:.3f}")
+    loss_before, _ = evaluate(model, [], run.rows["validation"], args.batch_size)
+    print(f"frozen   validation loss {loss_before:.3f}")
+    test = run.rows["test"]
     loss_frozen, exact_frozen = evaluate(model, [], test, args.batch_size)
     begin = time.perf_counter()
-    if args.method != "none":
-        tune(model, adapters, train, args)
+    curve = tune(run, args)
     seconds_train = time.perf_counter() - begin
-    loss_validation, _ = evaluate(model, adapters, validation, args.batch_size)  # what settings are chosen by
-    loss, exact = evaluate(model, adapters, test, args.batch_size)
-    check_finite(loss, args.lr)
+    loss, exact = evaluate(model, run.adapters, test, args.batch_size)
 
     print(f"test     frozen  loss {loss_frozen:.3f}  exact match {share(exact_frozen):5.1f} %")
     print(f"         tuned   loss {loss:.3f}  exact match {share(exact):5.1f} %\n")
     best_last = sorted(range(len(test)), key=exact.__getitem__)
     shown = list(dict.fromkeys(best_last[:1] + best_last[-2:]))  # a wrong one first, if there is one
     longest = max(len(row.target) for row in test)
-    for i, got in zip(shown, answers(model, adapters, tokenizer, [test[i].source for i in shown], longest)):
-        print(f"source   {examples['test'][i].input}\nexpected {examples['test'][i].target}\ngot      {got}\n")
+    for i, got in zip(shown, answers(model, run.adapters, tokenizer, [test[i].source for i in shown], longest)):
+        print(f"source   {run.examples['test'][i].input}\nexpected {run.examples['test'][i].target}\ngot      {got}\n")
     if args.predict:
-        predicted = answers(model, adapters, tokenizer, [row.source for row in test], 2 * longest)
-        lines = [json.dumps(e._asdict() | {"prediction": text}) for e, text in zip(examples["test"], predicted)]
-        Path(args.predict).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        predicted = answers(model, run.adapters, tokenizer, [row.source for row in test], 2 * longest)
+        lines = [json.dumps(e._asdict() | {"prediction": text}) for e, text in zip(run.examples["test"], predicted)]
+        with data.replaced_file(Path(args.predict)) as new:
+            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if args.method != "none":
-        save(out, adapters, model, base)
+        save(args.out, run)
     return {
-        "method": args.method, "task": task, "n_trainable": n_trainable, "n_stored": n_stored, "n_base": n_base,
-        "percent": percent, "loss_frozen": loss_frozen, "loss_init": loss_init, "loss_validation": loss_validation,
-        "loss": loss, "exact_match_frozen": share(exact_frozen), "exact_match": share(exact),
-        "seconds_pretrain": seconds_pretrain, "seconds_train": seconds_train, "out": str(out),
+        "method": args.method, "task": run.task, "n_trainable": n_trainable, "n_stored": n_stored, "n_base": n_base,
+        "percent": percent, "loss_frozen": loss_frozen, "loss_init": curve[0][1], "loss": loss, "curve": curve,
+        "exact_match_frozen": share(exact_frozen), "exact_match": share(exact),
+        "seconds_pretrain": seconds_pretrain, "seconds_train": seconds_train, "out": str(args.out),
     }  # fmt: skip
 
 
@@ -443,29 +577,30 @@ def share(hits: list[bool]) -> float:
     return 100 * sum(hits) / len(hits)
 
 
-def save(out: Path, adapters: list[nn.Module], model: GPT, base: str | Path) -> None:
+def save(out: Path, run: Run) -> None:
     """Saves one adapter to `out`, a stack to folders in it, the tuned model where there is none, and says how to use it."""
-    if len(adapters) == 1:
-        folders = [out]
-        adapters[0].save(out, model)
-    elif adapters:
-        folders = [out / name for name in ("prefix", "soft_prompt")]
+    use = f"--base {run.model.name} --adapter {out}"
+    if len(run.adapters) == 1:
+        run.adapters[0].save(out, run.model)
+    elif run.adapters:
         with data.replaced_directory(out) as new:
-            for folder, adapter in zip(folders, adapters):
-                adapter.save(new / folder.name, model)
+            for name, adapter in zip(STACK, run.adapters):
+                adapter.save(new / name, run.model)
     else:
+        use = f"--base {out}"
         with data.replaced_directory(out) as new:
-            model.save_pretrained(new)
+            run.model.save_pretrained(new)
             for file in ("vocab.json", "merges.txt"):
-                shutil.copy(data.base_directory(base) / file, new)
-        print(f'saved to {out}; use it with: python train.py --base {out} --prompt "…"')
-        return
-    print(f'saved to {out}; use it with: python train.py --base {base} --adapter {" ".join(map(str, folders))} --prompt "…"')
+                shutil.copy(data.base_directory(run.model.name) / file, new)
+    print(f'saved to {out}; use it with: python train.py {use} --prompt "…"')
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last where a disk is full
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt}", file=sys.stderr)
+        sys.exit(130)

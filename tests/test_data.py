@@ -92,8 +92,6 @@ def test_task_examples_depend_on_seed_and_split_alone():
     one, again = (data.task_examples("chat", "test", 5, seed=3) for _ in range(2))
     assert one == again != data.task_examples("chat", "test", 5, seed=4)
     assert not set(one) & set(data.task_examples("chat", "validation", 200, seed=3))
-    with pytest.raises(ValueError, match="unknown --task 'haiku': choose one of sentence, table, sentiment"):
-        data.task_examples("haiku", "test", 1, 0)
 
 
 def test_the_new_task_is_an_arbitrary_mapping():
@@ -166,7 +164,7 @@ def test_source_and_target_tokenize_at_generation_as_in_training(tokenizer_dir):
     tokenizer = data.load_tokenizer(tokenizer_dir)
     for text in ("", "The Golden", "ends in a line\n", " ", "<|endoftext|>"):
         for target in ("The", " The", "\n", ""):
-            (row,) = data.encode(tokenizer, [Example(text, target)], 100)
+            (row,) = data.encode(tokenizer, [Example(text, target)])
             assert row.source == data.source_ids(tokenizer, text)
             assert tokenizer.decode(row.source) == text + "\n" and tokenizer.decode(row.target[:-1]) == target
             assert row.target[-1] == tokenizer.eot_token not in row.source + row.target[:-1]
@@ -183,9 +181,10 @@ def test_an_example_too_long_is_named(tokenizer_dir):
     tokenizer = data.load_tokenizer(tokenizer_dir)
     examples = [Example("a", "b"), Example("a" * 10, "b" * 10)]
     n = len(tokenizer.encode_ordinary("a" * 10)) + 1 + len(tokenizer.encode_ordinary("b" * 10))
-    assert len(data.encode(tokenizer, examples, n)) == 2
+    rows = data.encode(tokenizer, examples)
+    data.check_lengths(rows, n)
     with pytest.raises(ValueError, match=f"example 2 takes {n} positions, and {n - 1} are left .* lower --n-virtual"):
-        data.encode(tokenizer, examples, n - 1)
+        data.check_lengths(rows, n - 1)
 
 
 def test_jsonl_is_read_with_empty_lines_and_without_input(tmp_path):

@@ -1,6 +1,7 @@
 """What a run promises: the base stays what it was, the same seed gives the same numbers, bad input a sentence."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def run(base, *flags, out=None, steps=3):
 
 
 def rows_of(base, task="sentence", n=8):
-    return data.encode(data.load_tokenizer(base), data.task_examples(task, "train", n, 0), 120)
+    return data.encode(data.load_tokenizer(base), data.task_examples(task, "train", n, 0))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -86,7 +87,7 @@ def test_a_run_of_each_method(base, tmp_path, capsys, method):
     assert {path.name: path.read_bytes() for path in Path(base).iterdir()} == before
     assert set(result) >= {
         "method", "task", "n_trainable", "n_stored", "n_base", "percent", "loss_frozen", "loss_init", "loss",
-        "exact_match_frozen", "exact_match", "seconds_pretrain", "seconds_train", "out",
+        "exact_match_frozen", "exact_match", "seconds_pretrain", "seconds_train", "out", "curve",
     }  # fmt: skip
     low, high = {"prefix": (0.1, 1), "soft_prompt": (0.01, 0.1), "both": (0.1, 1), "full": (100, 100), "none": (0, 0)}[method]
     assert low <= result["percent"] <= high and result["percent"] == 100 * result["n_stored"] / result["n_base"]
@@ -95,10 +96,9 @@ def test_a_run_of_each_method(base, tmp_path, capsys, method):
     assert shown.count("expected") == 3 and ("step    6/6" in shown) == (method != "none")
 
     model = GPT.from_pretrained(tmp_path / "out" if method == "full" else base).freeze()
-    folders = {"prefix": ["."], "soft_prompt": ["."], "both": ["prefix", "soft_prompt"]}.get(method, [])
-    adapters = [train.load_adapter(str(tmp_path / "out" / folder), model) for folder in folders]
+    adapters = train.load_adapters(str(tmp_path / "out"), model) if method in ("prefix", "soft_prompt", "both") else []
     _, examples = train.load_examples(train.parse(["--data", str(Path(base).parent / "forty.jsonl")]))
-    test = data.encode(data.load_tokenizer(base), examples["test"], 120)
+    test = data.encode(data.load_tokenizer(base), examples["test"])
     assert train.evaluate(model, adapters, test, 4)[0] == pytest.approx(result["loss"], rel=1e-5)
 
 
@@ -115,7 +115,9 @@ def test_training_moves_the_adapters_and_nothing_else(base):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     adapters = [Prefix.random(model, 2), SoftPrompt.random(model, 2)]
     start = [p.detach().clone() for a in adapters for p in a.parameters()]
-    train.tune(model, adapters, rows_of(base), train.parse(["--steps", "2", "--lr", "0.01"]))
+    rows = {"train": rows_of(base), "validation": rows_of(base)}
+    args = train.parse(["--steps", "2", "--lr", "0.01", "--out", "unused"])
+    train.tune(train.Run("sentence", model, data.load_tokenizer(base), adapters, {}, rows), args)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all((p != q).all() for p, q in zip((p for a in adapters for p in a.parameters()), start))
 
@@ -209,6 +211,100 @@ def test_the_base_saw_every_position(base):
     assert shifted < 1.3 * here
 
 
+# ----------------------------------------------------------------------------------------- starting from what was saved
+
+
+@pytest.mark.parametrize("method", ["prefix", "soft_prompt", "both"])
+def test_training_goes_on_from_another_tasks_adapter(base, tmp_path, method):
+    """--init DIR: the numbers trained on one task are where the next one starts; a stack from a stack."""
+    first = run(base, "--method", method, out=tmp_path / "first")
+    again = run(base, "--method", method, "--init", tmp_path / "first", out=tmp_path / "again")
+    assert again["loss_init"] == first["curve"][-1][1]  # it starts where the other ended
+    assert again["n_stored"] == first["n_stored"]
+    other = "soft_prompt" if method == "prefix" else "prefix"
+    with pytest.raises(ValueError, match=f"--init {tmp_path}/first holds a .*, and --method {other} trains a "):
+        run(base, "--method", other, "--init", tmp_path / "first")
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+def stopped_run(base, out, monkeypatch, *flags, after: int):
+    """A run of seven steps that a Ctrl-C meets within a step."""
+    logits, steps = train.target_logits, []
+
+    def interrupted(model, batch, past_kv):
+        if torch.is_grad_enabled():
+            steps.append(batch)
+            if len(steps) == after:
+                signal.raise_signal(signal.SIGINT)
+        return logits(model, batch, past_kv)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"stopped after step {after}; .* --resume"):
+        patch.setattr(train, "target_logits", interrupted)
+        run(base, *flags, out=out, steps=7)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--method", "prefix"], ["--mid-dim", "4"], ["--method", "soft_prompt"], ["--method", "both"], ["--method", "full"]],
+)
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_path, monkeypatch, flags):
+    """Numbers, MLP, optimizer, step and order of the examples; the curve, too. Nothing is left of the checkpoint."""
+    flags = [*flags, "--eval-every", "2"]
+    whole = run(base, *flags, out=tmp_path / "whole", steps=7)
+    stopped_run(base, tmp_path / "parts", monkeypatch, *flags, after=4)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [data.CHECKPOINT]
+    resumed = run(base, *flags, "--resume", out=tmp_path / "parts", steps=7)
+    for result in (whole, resumed):
+        del result["seconds_train"], result["out"]
+    assert resumed == whole and [step for step, _ in whole["curve"]] == [0, 2, 4, 6, 7]
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert files and all((tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
+    assert len(list((tmp_path / "parts").rglob("*"))) == len(list((tmp_path / "whole").rglob("*")))
+
+
+def test_checkpoints_are_written_every_so_many_steps(base, tmp_path, monkeypatch):
+    """Each replaces the last one in one go: a save that fails leaves the old one whole, and no debris."""
+    steps, save_file = [], train.save_file
+
+    def failing(tensors, path, metadata):
+        steps.append(json.loads(metadata["step"]))
+        save_file(tensors, path, metadata)
+        if len(steps) == 3:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(train, "save_file", failing)
+    with pytest.raises(OSError, match="No space"):
+        run(base, "--save-every", "2", out=tmp_path / "out", steps=9)
+    assert steps == [2, 4, 6] and [path.name for path in (tmp_path / "out").iterdir()] == [data.CHECKPOINT]
+    monkeypatch.undo()
+    whole = run(base, out=tmp_path / "whole", steps=9)
+    assert run(base, "--resume", out=tmp_path / "out", steps=9)["loss"] == whole["loss"]
+    assert run(base, "--resume", out=tmp_path / "new", steps=9)["loss"] == whole["loss"]  # nothing to resume: from the start
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
+    """Nor overwritten: what was trained is lost by nobody's forgetting of a flag."""
+    stopped_run(base, tmp_path / "out", monkeypatch, after=2)
+    file = tmp_path / "out" / data.CHECKPOINT
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="stopped after step 2: add --resume to go on, or delete it"):
+        run(base, out=tmp_path / "out", steps=7)
+    for flags, message in [
+        (["--lr", "0.5"], "lr 0.1, not 0.5"),
+        (["--seed", "1"], "seed 0, not 1"),
+        (["--task", "chat"], "examples .*, not .*"),
+        (["--n-virtual", "2"], "n_virtual 8, not 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"is of a run with {message}: repeat its flags, or delete it"):
+            run(base, *flags, "--resume", out=tmp_path / "out", steps=7)
+    assert file.read_bytes() == before
+    file.write_bytes(before[:-9])
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        run(base, "--resume", out=tmp_path / "out", steps=7)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -246,7 +342,7 @@ def test_a_foreign_adapter_is_refused_by_name(base, tmp_path, changes, message):
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
-        train.load_adapter(str(tmp_path / "a"), model).past_kv(model)
+        train.load_adapters(str(tmp_path / "a"), model)[0].past_kv(model)
 
 
 def test_broken_adapter_weights_are_refused(base, tmp_path):
@@ -270,9 +366,10 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--task", "haiku"], "unknown --task 'haiku'"),
         (["--n-virtual", "0"], "--n-virtual 0: give 1 or more"),
-        (["--n-virtual", "128"], "--n-virtual 128 fills the context of 128"),
+        (["--n-virtual", "128"], "example 1 takes .* positions, and 0 are left"),
+        (["--n-virtual", "129"], "129 new positions > block_size 128: .* lower --n-virtual"),
+        (["--method", "soft_prompt", "--init", "random", "--n-virtual", "129"], "129 new positions > block_size 128"),
         (["--n-virtual", "100"], "example 1 takes .* positions, and 28 are left"),
         (["--steps", "0"], "--steps 0"),
         (["--batch-size", "-1"], "--batch-size -1"),
@@ -282,13 +379,14 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
         (["--device", "toaster"], "--device toaster is not there"),
         (["--base", "nowhere"], "nowhere"),
         (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
-        (["--init", "vocab"], "--init vocab is not for a Prefix: choose one of text, random, zero"),
-        (["--method", "soft_prompt", "--init", "zero"], "not for a SoftPrompt: choose one of text, vocab, random"),
-        (["--init", "zero", "--init-text", "x"], "--init-text goes with --init text"),
+        (["--init", "nowhere"], "nowhere/adapter_config.json does not exist"),
+        (["--init", "nowhere", "--n-virtual", "3"], "--n-virtual 3 with --init nowhere: a trained adapter keeps its length"),
+        (["--init", "zero", "--init-text", "x"], "--init-text 'x' with --init zero"),
+        (["--init-text", ""], "--init-text '' with --init text: .* needs a text"),
         (["--adapter", "x"], "needs a --prompt"),
         (["--adapter", "x", "--prompt", "y"], "x/adapter_config.json does not exist"),
         (["--prompt", "word " * 200], "block_size 128"),
-        (["--method", "full", "--dtype", "bfloat16"], "--method full needs --dtype float32"),
+        (["--method", "full", "--dtype", "bfloat16"], "--method full with --dtype bfloat16: it needs float32"),
         (["--method", "soft_prompt", "--mid-dim", "4"], "--mid-dim goes with a prefix"),
         (["--corpus", "x"], "--corpus goes with --method pretrain"),
     ],
