@@ -46,7 +46,7 @@ class SoftPrompt(nn.Module):
 
     @classmethod
     def random(cls, model: GPT, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
-        """-> P vectors uniform in ±0.5 (Lester et al. §3.2), many times the length of a real embedding."""
+        """-> P vectors uniform in ±0.5 (Lester et al. §3.2)."""
         return cls(torch.rand(n_virtual, model.config.n_embd, generator=generator).to(model.device) - 0.5)
 
     @classmethod

@@ -1,0 +1,102 @@
+"""What did training make of an adapter? Where attention goes, how large its vectors are, what it costs other texts.
+
+    python classroom/inspect_adapter.py out/sentence/prefix                        on the test data of --task sentence
+    python classroom/inspect_adapter.py out/mine/prefix --base gpt2 --data mine.jsonl
+
+With matplotlib it also draws inspect.png: the share of attention that the text pays to the virtual tokens, by layer and head.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SoftPrompt, attention, data, figure, markdown, train
+from torch import Tensor
+
+
+def virtual_share(model: train.GPT, rows: list[data.Row], past_kv: train.KVCache) -> Tensor:
+    """-> (L, H) share of its attention that the text pays to the P virtual tokens, the mean over its positions."""
+    P, shares = past_kv[0][0].size(2), []
+    for row in rows:  # one by one, so that there is no padding to leave out
+        idx = torch.tensor([row.source + row.target[:-1]], device=model.device)
+        shares.append(attention(model, idx, past_kv)[:, 0, :, :, :P].sum(dim=-1))  # (L, H, T)
+    return torch.cat(shares, dim=-1).mean(dim=-1)
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """(P, width) rows -> how many directions they take up: the exponential of the entropy of the singular values'
+    shares (Roy & Vetterli 2007). 1 if all rows are multiples of one, P if they are orthogonal and of one length."""
+    shares = torch.linalg.svdvals(matrix.float())
+    shares = shares[shares > 0] / shares.sum()
+    return (-(shares * shares.log()).sum()).exp().item()
+
+
+def norms(cache: train.KVCache, past: slice) -> list[tuple[float, float]]:
+    """-> per layer the mean length of the keys, and of the values, at those positions."""
+    return [tuple(part[:, :, past].float().norm(dim=-1).mean().item() for part in layer) for layer in cache]
+
+
+@torch.no_grad()
+def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
+    """Prints and draws it -> what was found."""
+    args = train.parse(flags)
+    model, tokenizer = train.load_base(args)
+    adapters = train.load_adapters(directory, model)
+    task, examples = train.load_examples(args)
+    past_kv = train.stacked_past_kv(adapters, model)
+    P = past_kv[0][0].size(2)
+    rows = data.encode(tokenizer, examples["test"])[:50]
+    data.check_lengths(rows, model.config.block_size - P)
+    found: dict[str, Any] = {"task": task, "n_virtual": P}
+
+    share = virtual_share(model, rows, past_kv)
+    found["share"] = share.tolist()
+    print(f"Attention that the text of {task} pays to the {P} virtual tokens, percent:\n")
+    heads = [f"head {h}" for h in range(share.size(1))]
+    print(markdown(["layer", *heads], [[str(layer), *(f"{100 * s:.1f}" for s in line)] for layer, line in enumerate(share)]))
+
+    _, cache = model(torch.tensor([rows[0].source], device=model.device), past_kv)
+    virtual, real = norms(cache, slice(0, P)), norms(cache, slice(P, None))
+    found["norms"] = {"virtual": virtual, "text": real}
+    print("Length of keys and values, the mean over heads and positions:\n")
+    lines = [[str(layer), *(f"{n:.2f}" for pair in zip(v, r) for n in pair)] for layer, (v, r) in enumerate(zip(virtual, real))]
+    print(markdown(["layer", "virtual keys", "text's keys", "virtual values", "text's values"], lines))
+
+    for adapter in adapters:
+        matrix = adapter.vectors if isinstance(adapter, SoftPrompt) else adapter.kv().flatten(1)
+        found.setdefault("effective_rank", []).append(effective_rank(matrix))
+        print(f"{type(adapter).__name__}: {len(matrix)} rows of effective rank {found['effective_rank'][-1]:.2f}")
+        if isinstance(adapter, SoftPrompt):
+            lengths, embedding = adapter.vectors.norm(dim=1), model.wte.weight.float().norm(dim=1).mean()
+            found["vector_norms"], found["embedding_norm"] = lengths.tolist(), embedding.item()
+            print(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
+            for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
+                print(f"vector {vector} is nearest to {', '.join(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab)}")
+
+    print("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
+    found["losses"] = {}
+    for other in data.TASKS:
+        others = data.encode(tokenizer, data.task_examples(other, "test", 50, 0))
+        data.check_lengths(others, model.config.block_size - P)
+        found["losses"][other] = [train.evaluate(model, on, others, args.batch_size)[0] for on in ([], adapters)]
+    print(markdown(["task", "adapter off", "adapter on"], [[name, *map("{:.3f}".format, pair)] for name, pair in found["losses"].items()]))
+
+    def draw(axes) -> None:
+        image = axes[0][0].imshow(100 * share, vmin=0, vmax=100)
+        axes[0][0].set(title="attention to virtual tokens, %", xlabel="head", ylabel="layer")
+        axes[0][0].figure.colorbar(image)
+
+    figure(Path(directory) / ".." / f"{Path(directory).name}-inspect.png", draw, columns=1)
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="a trained adapter, or the folder of a stack")
+    args, flags = parser.parse_known_args(argv)
+    return inspect(args.directory, flags)
+
+
+if __name__ == "__main__":
+    train.run_command(main)
