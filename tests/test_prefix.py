@@ -7,6 +7,7 @@ import torch
 from conftest import C, D, H, L, V, random_ids, random_model
 from torch.testing import assert_close
 
+from model import rows_of
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
@@ -108,13 +109,15 @@ def test_stacking_is_associative(model):
 
 
 def test_a_mixed_batch_equals_its_rows_one_by_one(model):
-    """Caches of different adapters, stacked along B, serve one batch; generation too."""
+    """Caches of different adapters of one length serve one batch, a row each; generation too."""
     a, b, idx = random_prefix(), SoftPrompt.text(model, random_ids(4, seed=3)), random_ids(2, 5)
     caches = [adapter.past_kv(model) for adapter in (a, b)]
-    mixed = [tuple(torch.cat(pair) for pair in zip(*layer)) for layer in zip(*caches)]
+    mixed = rows_of(caches)
     assert_close(model(idx, mixed)[0], torch.cat([model(idx[i : i + 1], cache)[0] for i, cache in enumerate(caches)]))
     one_by_one = [model.generate(idx[i : i + 1], 6, cache) for i, cache in enumerate(caches)]
     assert model.generate(idx, 6, mixed).tolist() == torch.cat(one_by_one).tolist()
+    with pytest.raises(ValueError, match=r"pasts of \[4, 3\] positions cannot be rows of one batch"):
+        rows_of([caches[0], random_prefix(3).past_kv(model)])
 
 
 # ---------------------------------------------------------------------------------------------------- initialisations

@@ -38,13 +38,17 @@ def test_the_vectors_are_a_sequence(model):
     assert (model(idx, shuffled.past_kv(model))[0] - model(idx, prompt.past_kv(model))[0]).abs().max() > 0.01
 
 
-def test_its_cache_copied_into_a_prefix_gives_the_same_logits(model):
-    """So each soft prompt is a prefix, of 2·L times the numbers; few prefixes are soft prompts."""
-    cache, idx = random_prompt().past_kv(model), random_ids(2, 5)
-    kv = torch.stack([torch.stack(layer) for layer in cache])[:, :, 0].permute(3, 0, 1, 2, 4)
-    prefix = Prefix(kv)
-    assert prefix.n_stored() == 2 * L * random_prompt().n_stored()
-    assert_close(model(idx, prefix.past_kv(model))[0], model(idx, cache)[0])
+def test_its_cache_is_a_prefix(model, tmp_path):
+    """Run once, kept and saved as one: each soft prompt is a prefix, of 2·L times the numbers; so is any stack."""
+    idx = random_ids(2, 5)
+    prompt_cache = random_prompt().past_kv(model)
+    for cache in (prompt_cache, SoftPrompt.text(model, random_ids(2)).past_kv(model, prompt_cache)):
+        prefix = Prefix.from_cache(cache)
+        assert_close(prefix.past_kv(model), cache, rtol=0, atol=0)
+        prefix.save(tmp_path / "prefix", model)
+        loaded = Prefix.load(tmp_path / "prefix", model)
+        assert_close(model(idx, loaded.past_kv(model))[0], model(idx, cache)[0], rtol=1e-5, atol=1e-5)  # saved in float32
+    assert Prefix.from_cache(prompt_cache).n_stored() == 2 * L * random_prompt().n_stored()
 
 
 def test_prompts_stack_in_any_order(model):

@@ -1,0 +1,159 @@
+"""The scripts of classroom/: what they measure is what they say, and an interruption loses nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import C, H, L, random_ids
+from test_train import base  # noqa: F401  (the miniature of the pretrained base)
+from torch.testing import assert_close
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
+
+import common  # noqa: E402
+import compare  # noqa: E402
+import inspect_adapter  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
+from prefix import Prefix  # noqa: E402
+from soft_prompt import SoftPrompt  # noqa: E402
+
+
+@pytest.fixture
+def flags(base, tmp_path, monkeypatch) -> list[str]:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    return ["--base", base, "--device", "cpu", "--data", str(Path(base).parent / "forty.jsonl"), "--batch-size", "4"]
+
+
+# ------------------------------------------------------------------------------------------------------------- measures
+
+
+def test_attention_is_what_the_model_computes(model):
+    """The weights written out, times the values, are the model's own fused attention; the past is part of it."""
+    idx, past_kv = random_ids(2, 5), Prefix.text(model, random_ids(3, seed=1)).past_kv(model)
+    weights = common.attention(model, idx, past_kv)
+    assert weights.shape == (L, 2, H, 5, 8)
+    assert_close(weights.sum(dim=-1), torch.ones(L, 2, H, 5, dtype=torch.float64))
+    attended = []
+    hook = model.h[-1].attn.c_proj.register_forward_pre_hook(lambda _, inputs: attended.append(inputs[0]))
+    _, cache = model(idx, past_kv)
+    hook.remove()
+    assert_close((weights[-1] @ cache[-1][1]).transpose(1, 2).reshape(2, 5, C), attended[0])
+
+
+def test_what_is_kept_for_backward_is_counted_once_and_without_weights(model):
+    """A product keeps its factors: the trained one, and not the frozen weight; views of one storage count once."""
+    x = torch.ones(3, C, dtype=torch.float64, requires_grad=True)
+    weight = model.h[0].attn.c_proj.weight
+    assert common.kept_for_backward(model, lambda: (x @ weight).sum()) == 0
+    assert common.kept_for_backward(model, lambda: (x * x.view(3, C)).sum()) == 3 * C * 8
+    assert common.kept_for_backward(model, lambda: (2 * x).exp().sum()) == 3 * C * 8
+
+
+def test_the_effective_rank():
+    """Rows that are multiples of one: 1. Orthogonal rows of one length: as many as they are."""
+    assert inspect_adapter.effective_rank(torch.ones(4, 6)) == pytest.approx(1, abs=1e-4)
+    assert inspect_adapter.effective_rank(3 * torch.eye(4, 6)) == pytest.approx(4)
+
+
+def test_the_share_of_a_text_is_that_of_its_tokens(model):
+    """A prefix that holds a text draws the attention that the text in the context would draw."""
+    text, row = random_ids(3, seed=1), data.Row([1, 2, 3], [4, 5])
+    share = inspect_adapter.virtual_share(model, [row], Prefix.text(model, text).past_kv(model))
+    whole = common.attention(model, torch.cat([text, torch.tensor([1, 2, 3, 4])])[None])  # (L, 1, H, 7, 7)
+    assert_close(share, whole[:, 0, :, 3:, :3].sum(dim=-1).mean(dim=-1))
+
+
+def test_an_ensemble_is_the_mean_of_its_members_log_probabilities(model):
+    """One pass over N·B rows equals N passes; N times the same adapter is that adapter."""
+    rows = [data.Row([i, i + 1], [i + 2] * n) for i, n in enumerate((2, 1, 3, 1, 2))]
+    adapters = [SoftPrompt.text(model, random_ids(3, seed=seed)) for seed in range(3)]
+    caches = [adapter.past_kv(model) for adapter in adapters]
+    hits = []
+    for row in rows:
+        batch = data.batch_of([row], model.device)
+        logits = [train.target_logits(model, batch, cache)[0].double() for cache in caches]
+        mean = torch.stack(logits).log_softmax(dim=-1).mean(dim=0)
+        hits.append(mean.argmax(dim=-1).tolist() == row.target)
+    run = train.Run("", model, None, [], {}, {"test": rows})
+    for size in (2, 5):
+        assert compare.ensemble_match(run, caches, size) == train.share(hits)
+        _, exact = train.evaluate(model, adapters[:1], rows, size)
+        assert compare.ensemble_match(run, caches[:1] * 3, size) == train.share(exact)
+
+
+def test_steps_to_a_gain():
+    """The first look at which nine tenths of the way from the frozen base to the end are done."""
+    record = {"frozen": 2.0, "validation": 1.0, "curve": [(0, 2.5), (5, 1.2), (10, 1.05), (15, 1.0)]}
+    assert compare.steps_to_gain(record) == 10
+    assert compare.steps_to_gain(record | {"frozen": 1.0}) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsys):
+    """And looks at the test data only when all rates are chosen; run again, it trains and scores nothing."""
+    tune, score, tuned, scored = train.tune, compare.score, [], []
+
+    def counted(run, args):
+        assert not scored
+        tuned.append((args.method, args.lr, args.seed))
+        if len(tuned) == 3:
+            raise KeyboardInterrupt
+        return tune(run, args)
+
+    monkeypatch.setattr(train, "tune", counted)
+    monkeypatch.setattr(compare, "score", lambda *given: scored.append(given[2]) or score(*given))
+    argv = ["--seeds", "2", "--steps", "2", "--lr", "0.01", *flags]
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(argv)
+    compare.main(argv)
+    assert len(tuned) == 9 and len(set(tuned)) == 8  # four methods, two seeds, one of them begun twice
+    table = capsys.readouterr().out
+    assert all(table.count(f"| {name} |") == 2 for name in compare.NAMES.values())
+    written = json.loads(Path("out/compare/compare.json").read_text())
+    assert len(written["runs"]) == 8 and all("exact_match" in record for record in written["runs"])
+    scored.clear()
+    compare.main(argv)
+    assert len(tuned) == 9
+    assert json.loads(Path("out/compare/compare.json").read_text())["runs"] == written["runs"]
+
+
+def test_each_method_gets_its_own_learning_rate(flags, monkeypatch):
+    """Three rates; further ones while the outermost is the best by more than it could be by chance."""
+    optimum = {"prefix": 0.3 * 3, "full": 0.0005}
+
+    def distance(self, flags, method, seed, lr):
+        tried.append(lr)
+        return {"validation": abs(torch.tensor(lr / optimum[method]).log().item())}
+
+    monkeypatch.setattr(compare.Trials, "tuned", distance)
+    for method, count in [("prefix", 5), ("full", 3)]:
+        tried: list[float] = []
+        assert compare.best_rate(compare.Trials(Path("out"), 1), flags, method) == pytest.approx(optimum[method])
+        assert len(tried) == count
+
+
+def test_the_costs_of_a_prefix_are_counted_exactly(flags):
+    """8 tokens of 4 layers, keys and values of 128 numbers; AdamW keeps two averages of each; full keeps the most."""
+    compare.main(["--seeds", "1", "--steps", "1", "--lr", "0.01", *flags])
+    found = json.loads(Path("out/compare/compare.json").read_text())["costs"]
+    n = 8 * 4 * 2 * 128
+    cells = {"trained": n, "stored": n, "context": 8, "gradients": 4 * n, "optimizer": 8 * n}
+    assert {key: found["prefix"][key] for key in cells} == cells
+    assert found["prefix"]["share"] == pytest.approx(100 * n / found["full"]["trained"])
+    assert 4 * n < found["prefix"]["disk"] < 4 * n + 500
+    assert found["none"]["activations"] == 0 < found["soft_prompt"]["activations"] < found["full"]["activations"]
+
+
+@pytest.mark.parametrize("method", ["prefix", "soft_prompt", "both"])
+def test_an_adapter_can_be_inspected(flags, method, capsys):
+    train.main(["--method", method, "--steps", "2", "--out", "adapter", *flags])
+    found = inspect_adapter.main(["adapter", *flags])
+    assert torch.tensor(found["share"]).shape == (4, 4) and len(found["effective_rank"]) == 1 + (method == "both")
+    assert all(off != on for off, on in found["losses"].values())
+    assert ("is nearest to" in capsys.readouterr().out) == (method != "prefix")
