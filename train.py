@@ -57,7 +57,7 @@ RECIPES = {
     "both": Recipe((Prefix, SoftPrompt), 4, 1e-1, 150),
     "full": Recipe((), 0, 5e-4, 150),
     "none": Recipe((), 0, 0.0, 0),
-    "pretrain": Recipe((), 0, 2e-2, 350),
+    "pretrain": Recipe((), 0, 2e-2, 400),
 }
 
 
