@@ -4,6 +4,7 @@
     python train.py --method soft_prompt --task chat                     another method, another task
     python train.py --method prefix --base gpt2 --data my.jsonl          your model, your data
     python train.py --adapter out/sentence/prefix --prompt "name : …"    use what was trained
+    torchrun --nproc_per_node 2 train.py --method prefix                 tune on several devices at once
 """
 
 import argparse
@@ -27,6 +28,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before torch: else MKL's sum
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,7 +59,7 @@ RECIPES = {
     "both": Recipe((Prefix, SoftPrompt), 4, 1e-1, 150),
     "full": Recipe((), 0, 5e-4, 150),
     "none": Recipe((), 0, 0.0, 0),
-    "pretrain": Recipe((), 0, 2e-2, 400),
+    "pretrain": Recipe((), 0, 2e-2, 350),
 }
 
 
@@ -140,20 +142,23 @@ def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
         validate()
         print(f"start    validation loss {curve[0][1]:.3f}, with the untrained adapter")
     with postponed_interrupt() as interrupts:
-        for batch in islice(shuffled_batches(run.rows["train"], args, run.model.device), step, None):
+        for rows in islice(shuffled_batches(run.rows["train"], args), step, None):
+            rank, processes = this_process()
+            batch = data.batch_of(rows[rank::processes], run.model.device)
             logits, targets = target_logits(run.model, batch, stacked_past_kv(run.adapters, run.model))
-            loss = F.cross_entropy(logits, targets)
-            check_finite(loss.item(), args.lr)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / sum(len(row.target) for row in rows)
             optimizer.zero_grad()
             loss.backward()
+            loss = summed_over_processes(loss, trainee).item()
+            check_finite(loss, args.lr)
             # a short warm-up, then a straight line down (Li & Liang, appendix)
             optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 10, (args.steps - step) / args.steps)
             optimizer.step()
             step += 1
             if step % args.eval_every == 0 or step == args.steps:
                 validate()
-            progress.show(step, batch.idx.numel(), f"loss {loss.item():.3f}  validation {curve[-1][1]:.3f}")
-            if step < args.steps and (interrupts or step % args.save_every == 0):
+            progress.show(step, batch.idx.numel(), f"loss {loss:.3f}  validation {curve[-1][1]:.3f}")
+            if rank == 0 and step < args.steps and (interrupts or step % args.save_every == 0):
                 save_checkpoint(checkpoint, trainee, optimizer, settings, step, curve)
             if interrupts and step < args.steps:
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command with --resume goes on from there")
@@ -169,15 +174,29 @@ def check_finite(loss: float, lr: float) -> None:
         raise Diverged(f"the loss became {loss} with --lr {lr:g}: lower it. Nothing was saved, nothing overwritten")
 
 
-def shuffled_batches(rows: list[Row], args: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
-    """-> one batch a step; every row comes once, in a new order, before any comes again. The seed decides it all."""
+def shuffled_batches(rows: list[Row], args: argparse.Namespace) -> Iterator[list[Row]]:
+    """-> the rows of each step; every one comes once, in a new order, before any comes again. The seed decides it all."""
     rng = random.Random(args.seed)
     queue: list[Row] = []
     for _ in range(args.steps):
         while len(queue) < args.batch_size:
             queue += rng.sample(rows, len(rows))
-        yield data.batch_of(queue[: args.batch_size], device)
+        yield queue[: args.batch_size]
         del queue[: args.batch_size]
+
+
+def this_process() -> tuple[int, int]:
+    """-> the number of this process and how many there are: torchrun starts several, python one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed_over_processes(loss: Tensor, trainee: nn.Module) -> Tensor:
+    """-> the loss over the rows of all processes; the gradients are summed in place. Nothing else has to travel."""
+    loss = loss.detach()
+    if dist.is_initialized():
+        for tensor in (loss, *(p.grad for p in trainee.parameters() if p.requires_grad)):
+            dist.all_reduce(tensor)
+    return loss
 
 
 @contextmanager
@@ -211,11 +230,12 @@ def save_checkpoint(
     file: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], step: int, curve: list
 ) -> None:
     """Writes the checkpoint; the last one stays until this one is whole."""
-    averages = optimizer.state_dict()["state"]  # of each trained tensor: {number: {name: tensor}}
-    tensors = trainee.state_dict() | {f"{i}/{name}": t for i, named in averages.items() for name, t in named.items()}
+    tensors = trainee.state_dict()
+    for i, averages in optimizer.state_dict()["state"].items():  # of the i-th tensor: step, exp_avg, exp_avg_sq
+        tensors |= {f"{i}/{name}": average for name, average in averages.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"step": step, "curve": curve, "settings": settings}
     with data.replaced_file(file) as new:
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, new, metadata={key: json.dumps(value) for key, value in metadata.items()})
 
 
@@ -240,12 +260,10 @@ def load_checkpoint(
     for name, value in settings.items():
         if found.get(name) != value:
             raise ValueError(f"{file} is of a run with {name} {found.get(name)}, not {value}: repeat its flags, or delete it")
-    averages: dict[int, dict[str, Tensor]] = {}
-    for key in [key for key in tensors if "/" in key]:
-        number, name = key.split("/")
-        averages.setdefault(int(number), {})[name] = tensors.pop(key)
+    trained = [i for i, p in enumerate(trainee.parameters()) if p.requires_grad]
+    state = {i: {name: tensors.pop(f"{i}/{name}") for name in ("step", "exp_avg", "exp_avg_sq")} for i in trained}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     trainee.load_state_dict(tensors)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
     print(f"resuming after step {step}")
     return step, [tuple(point) for point in metadata["curve"]]
 
@@ -268,6 +286,7 @@ def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
     # GPT-2's 0.02 leaves the tokens of a kind nearly alike: what they share is learnt at once and drowns what tells them
     # apart, and without that no value can be copied. Apart from the start, all kinds are copied after half the steps.
     nn.init.normal_(model.wte.weight, std=0.4)
+    nn.init.constant_(model.ln_f.weight, 0.1)  # for the head, which is the same matrix, still starts with small logits
     window = torch.arange(model.config.block_size + 1)
     if len(stream) < 10 * len(window):
         raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * len(window)} to learn from")
@@ -326,11 +345,15 @@ STARTS = ("text", "vocab", "random", "zero")
 
 def pick_device(name: str | None) -> torch.device:
     """-> the device asked for, or the best there is. Raises ValueError if it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind, there in present.items() if there)
-    if not present.get(name.split(":")[0]):
-        raise ValueError(f"--device {name} is not there: this machine has {', '.join(k for k in present if present[k])}")
-    return torch.device(name)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    name = name or next(kind for kind in count if count[kind])
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and not index:
+        index = os.environ.get("LOCAL_RANK", "0")  # torchrun's processes take a device each
+    if (index or "0") not in map(str, range(count.get(kind, 0))):
+        there = ", ".join(f"{n} {kind}" for kind, n in count.items() if n)
+        raise ValueError(f"--device {name} (number {index or 0}) is not there: this machine has {there}")
+    return torch.device(f"{kind}:{index}" if index else kind)
 
 
 def make_base(args: argparse.Namespace) -> float:
@@ -527,10 +550,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def join_processes() -> tuple[int, int]:
+    """Under torchrun, meets the other processes -> this one's number and how many there are. The first one does the talking."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return this_process()
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Command-line arguments -> what was measured. Raises ValueError, in one sentence, for what a user got wrong."""
     args = parse(argv)
-    seconds_pretrain = make_base(args)
+    rank, processes = join_processes()
+    if args.batch_size < processes:
+        raise ValueError(f"--batch-size {args.batch_size} for {processes} processes: give each an example at least")
+    seconds_pretrain = make_base(args) if rank == 0 else 0.0
+    if processes > 1:
+        dist.barrier()
     if args.method == "pretrain":
         return {"method": "pretrain", "seconds_pretrain": seconds_pretrain, "out": str(args.out)}
     model, tokenizer = load_base(args)
@@ -555,6 +592,8 @@ def main(argv: list[str] | None = None) -> dict:
     begin = time.perf_counter()
     curve = tune(run, args)
     seconds_train = time.perf_counter() - begin
+    if rank > 0:  # one process is enough for what remains
+        return {"method": args.method, "curve": curve}
     loss, exact = evaluate(model, run.adapters, test, args.batch_size)
 
     print(f"test     frozen  loss {loss_frozen:.3f}  exact match {share(exact_frozen):5.1f} %")
