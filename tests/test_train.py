@@ -193,7 +193,8 @@ def test_predictions_are_what_each_source_gives_alone(base, tmp_path):
 def test_a_base_from_ones_own_text(tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 400)
     out = tmp_path / "base"
-    train.main(["--method", "pretrain", "--corpus", str(tmp_path / "a.txt"), "--steps", "20", "--out", str(out), "--device", "cpu"])
+    flags = ["--corpus", str(tmp_path / "a.txt"), "--steps", "60", "--batch-size", "4", "--out", str(out), "--device", "cpu"]
+    train.main(["--method", "pretrain", *flags])
     model, tokenizer = GPT.from_pretrained(out), data.load_tokenizer(out)
     ids = torch.tensor([tokenizer.encode_ordinary("the cat sat")])
     assert tokenizer.decode(model.generate(ids, 2)[0].tolist()) == "the cat sat on the"
@@ -318,6 +319,23 @@ def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
     file.write_bytes(before[:-9])
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         run(base, "--resume", out=tmp_path / "out", steps=7)
+
+
+def test_the_readmes_python_runs(base, tmp_path, monkeypatch):
+    """And what it saves acts as what it was made of."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/base").symlink_to(base)
+    for method in ("prefix", "soft_prompt"):
+        train.main(["--method", method, "--steps", "1", "--device", "cpu", "--batch-size", "2"])
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    names = {}
+    exec(readme.split("```python\n")[1].split("```")[0], names)
+    idx, model = torch.tensor([[5, 6, 7]]), names["model"]
+    for cache, saved in [(names["prompt"].past_kv(model), "as_prefix"), (names["stack"], "stack_as_prefix")]:
+        kept = Prefix.load(Path("out/sentence") / saved, model)
+        assert_close(model(idx, kept.past_kv(model))[0], model(idx, cache)[0])
+    assert names["mixed"][0][0].size(0) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
