@@ -79,28 +79,53 @@ def extend(past: Tensor, new: Tensor, n_past: int) -> Tensor:
     return torch.cat([past.expand(new.size(0), -1, -1, -1), new], dim=2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, n, D) queries of the last n positions, (B, H, S, D) keys and values -> softmax(q·k / √D) v, (B, H, n, D)."""
+    (B, H, n, D), S = q.shape, k.size(2)
+    mask = causal_mask(n, S, q.device) if n > 1 else None  # a single query may see everything
+    if mask is None or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # The same, written out: on a CPU, torch's fused attention takes four times as long in bfloat16
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.baddbmm(mask.to(q.dtype).log(), q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # (B·H, n, S), log 0 = -∞
+    return (scores.softmax(dim=-1) @ v).view(B, H, n, D)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(…, in) -> (…, out). A single row, as in generation, is a matrix-vector product, and quicker if called that."""
+    if x.numel() > x.size(-1):
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())  # (out,)
+    return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, mask: Tensor | None):
-        """(B, T, C) -> (B, T, C), and the (keys, values) it attended to, (B, H, S, D) each."""
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, last: int):
+        """(B, T, C) -> (B, last, C), for the last positions, and the (keys, values) of all, (B, H, S, D) each."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
         if past is not None:
             k, v = extend(past[0], k, n_past), extend(past[1], v, n_past)  # (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q·k / √D) v: (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+        y = attend(q[:, :, T - last :], k, v)  # (B, H, last, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, last, C)), (k, v)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -114,10 +139,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, mask: Tensor | None):
-        """(B, T, C) -> (B, T, C), and this layer's (keys, values)."""
-        attended, kv = self.attn(self.ln_1(x), past, n_past, mask)
-        x = x + attended
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, last: int):
+        """(B, T, C) -> (B, last, C), for the last positions, and this layer's (keys, values) of all."""
+        attended, kv = self.attn(self.ln_1(x), past, n_past, last)
+        x = x[:, x.size(1) - last :] + attended
         return x + self.mlp(self.ln_2(x)), kv
 
 
@@ -161,15 +186,18 @@ class GPT(nn.Module):
         hidden, cache = self.forward_embeddings(self.wte(idx), past_kv)
         return self.unembed(hidden), cache
 
-    def forward_embeddings(self, x: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """(B, T, C) token vectors, real or learned -> (B, T, C) hidden states after ln_f, and the cache."""
-        return self._forward(x, past_kv, past_kv[0][0].size(2) if past_kv else 0)
+    def forward_embeddings(self, x: Tensor, past_kv: KVCache | None = None, last: int | None = None) -> tuple[Tensor, KVCache]:
+        """(B, T, C) token vectors, real or learned -> (B, T, C) hidden states after ln_f, and the cache.
+
+        With `last`, the hidden states of that many last positions only, for which the last block need compute no others.
+        """
+        return self._forward(x, past_kv, past_kv[0][0].size(2) if past_kv else 0, last or x.size(1))
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """(…, C) hidden states -> (…, V) logits. The head is tied: its matrix is the token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        return linear(hidden, self.wte.weight)
 
-    def _forward(self, x: Tensor, past_kv: KVCache | None, n_past: int) -> tuple[Tensor, KVCache]:
+    def _forward(self, x: Tensor, past_kv: KVCache | None, n_past: int, last: int) -> tuple[Tensor, KVCache]:
         T = x.size(1)
         S = n_past + T
         if S > self.config.block_size:
@@ -178,10 +206,9 @@ class GPT(nn.Module):
                 "shorten the input or lower --n-virtual"
             )
         x = x + self.wpe(torch.arange(n_past, S, device=x.device))  # (B, T, C)
-        mask = causal_mask(T, S, x.device) if T > 1 else None  # a single query may see everything
         cache = []
-        for layer, block in enumerate(self.h):
-            x, kv = block(x, past_kv[layer] if past_kv else None, n_past, mask)
+        for layer, block in enumerate(self.h, start=1):  # those before the last read on from all positions
+            x, kv = block(x, past_kv[layer - 1] if past_kv else None, n_past, last if layer == len(self.h) else T)
             cache.append(kv)
         return self.ln_f(x), cache
 
@@ -202,7 +229,7 @@ class GPT(nn.Module):
         stop_token is filled up with it, and all end when every row has. The last token is never read, so
         P + T + max_new_tokens may reach block_size + 1.
         """
-        logits, cache = self.forward(idx, past_kv)  # the prefill
+        hidden, cache = self.forward_embeddings(self.wte(idx), past_kv, last=1)  # the prefill
         n_past = cache[0][0].size(2)
         room = n_past + max_new_tokens - 1
         if room > self.config.block_size:
@@ -213,15 +240,14 @@ class GPT(nn.Module):
         buffers = [tuple(F.pad(t, (0, 0, 0, room - n_past)) for t in kv) for kv in cache]  # (B, H, room, D)
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for step in range(max_new_tokens):
-            token = choose(logits[:, -1].float(), temperature, top_k, generator)  # (B, 1)
+            token = choose(self.unembed(hidden[:, 0]).float(), temperature, top_k, generator)  # (B, 1)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
             idx = torch.cat([idx, token], dim=1)
             if done.all() or step == max_new_tokens - 1:
                 break
-            hidden, _ = self._forward(self.wte(token), buffers, n_past + step)
-            logits = self.unembed(hidden)
+            hidden, _ = self._forward(self.wte(token), buffers, n_past + step, last=1)
         return idx
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -89,11 +89,13 @@ def target_logits(model: GPT, batch: Batch, past_kv: KVCache | None) -> tuple[Te
     """-> (N, V) float32 logits and (N,) ids, at the N positions of the batch that predict a target.
 
     The source is read, not scored, so its hidden states skip the projection onto the vocabulary, on GPT-2 a third of
-    the arithmetic of a step.
+    the arithmetic of a step, and most of the last block.
     """
-    hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)  # (B, T, C)
-    scored = batch.targets != IGNORE  # (B, T)
-    return model.unembed(hidden[scored]).float(), batch.targets[scored]
+    first = int((batch.targets != IGNORE).any(dim=0).int().argmax())  # no row has a target before it
+    targets = batch.targets[:, first:]  # (B, last)
+    hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv, last=targets.size(1))  # (B, last, C)
+    scored = targets != IGNORE
+    return model.unembed(hidden[scored]).float(), targets[scored]
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def test_under_a_prefix_the_attention_among_content_is_only_rescaled(model):
     attention.c_proj.weight.data, attention.c_proj.bias.data = torch.eye(C).double(), torch.zeros(C).double()
     x = torch.randn(1, 1, C, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     q1, k1, _ = (t.view(H, 1, D) for t in attention.c_attn(x)[0, 0].split(C))
-    y, _ = attention(x, (p[None], torch.ones_like(p)[None]), 3, None)
+    y, _ = attention(x, (p[None], torch.ones_like(p)[None]), 3, 1)
     weights = torch.softmax(q1 @ torch.cat([p, k1], dim=1).mT / math.sqrt(D), dim=-1)
     assert_close(y.view(H, D), weights[:, 0, :3].sum(dim=-1, keepdim=True).expand(H, D))
 

@@ -1,0 +1,338 @@
+"""The same work here and in PEFT, side by side: same weights, same adapter, same batch, in one process, turn by turn.
+
+    python tests/benchmark.py             GPT-2 small of random weights, and the small base: a table, and tests/benchmark.json
+    python tests/benchmark.py --quick     the small base alone, a minute
+    python tests/benchmark.py --growth    how time and memory grow with P, T, B and the model; a figure, with matplotlib
+
+Needs the peers: pip install -r tests/requirements.txt. On a GPU: 124M and 1.5B, batch 32, into tests/benchmark-<gpu>.json.
+A time is the median of 15 turns, in each of which all that is compared takes part. The *floor* is the time of just the matrix
+products that a step cannot avoid: what a step takes beyond it is attention, norms, GELU, loss, optimiser and Python.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train  # noqa: E402  isort: skip  (first, for it has something to set before torch is loaded)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import data  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+SIZES = {
+    "small": GPTConfig(950),
+    "124M": GPTConfig(50257, 1024, 12, 12, 768),
+    "355M": GPTConfig(50257, 1024, 24, 16, 1024),
+    "1.5B": GPTConfig(50257, 1024, 48, 25, 1600),
+}
+SOURCE, TARGET, NEW = 45, 30, 64  # tokens: the shape of the E2E benchmark; and how many to generate
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+DEVICE = train.pick_device(None)
+CUDA = DEVICE.type == "cuda"
+
+# ------------------------------------------------------------------------------------------------------ what is compared
+
+
+def save_base(root: Path, size: str) -> None:
+    """Random weights, in each dtype in which they are used."""
+    torch.manual_seed(0)
+    model = GPT(SIZES[size])
+    for dtype in (FLOAT32, BFLOAT16):
+        model.to(dtype).save_pretrained(base_directory(root, size, dtype))
+
+
+def base_directory(root: Path, size: str, dtype: torch.dtype) -> Path:
+    return root / f"{size}-{dtype}"
+
+
+def ours(directory: Path, method: str, P: int) -> tuple[GPT, nn.Module]:
+    """-> our base, frozen, and an adapter of random numbers on it."""
+    model = GPT.from_pretrained(directory).to(DEVICE).freeze()
+    (kind,) = train.RECIPES[method].adapters
+    return model, kind.random(model, P, torch.Generator().manual_seed(0))
+
+
+def theirs(directory: Path, method: str, adapter: nn.Module | None = None, P: int = 0) -> nn.Module:
+    """-> transformers' GPT-2 from the same files in PEFT's adapter, of the same numbers if one is given."""
+    import peft
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    base = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype="auto").to(DEVICE).eval()
+    base.generation_config.eos_token_id = None  # so that it goes on to the last token
+    kind = {"prefix": peft.PrefixTuningConfig, "soft_prompt": peft.PromptTuningConfig}[method]
+    model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=P or len(next(adapter.parameters()))))
+    if adapter:
+        model.prompt_encoder["default"].embedding.weight.data = next(adapter.parameters()).detach().flatten(1).clone()
+    return model.to(DEVICE)
+
+
+def random_rows(size: str, B: int, T: int = SOURCE + TARGET) -> list[data.Row]:
+    ids = torch.randint(SIZES[size].vocab_size, (B, T), generator=torch.Generator().manual_seed(0)).tolist()
+    return [data.Row(row[:-TARGET], row[-TARGET:]) for row in ids]
+
+
+def our_loss(model: GPT, adapters: list[nn.Module], rows: list[data.Row]) -> Callable[[], Tensor]:
+    batch = data.batch_of(rows, DEVICE)
+    return lambda: F.cross_entropy(*train.target_logits(model, batch, train.stacked_past_kv(adapters, model)))
+
+
+def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
+    idx = torch.tensor([row.source + row.target for row in rows], device=DEVICE)
+    labels = torch.tensor([[data.IGNORE] * len(row.source) + row.target for row in rows], device=DEVICE)
+    return lambda: model(input_ids=idx, labels=labels).loss
+
+
+def step(trained: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
+    """-> one training step: forward, backward, AdamW on what is trainable."""
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+
+    def one() -> float:
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return one
+
+
+def products(size: str, method: str, P: int, B: int, T: int = SOURCE + TARGET) -> list[tuple[int, int, int]]:
+    """-> (rows, in, out) of each matrix product of a forward pass with weights; backward to the activations has as many.
+
+    Each block at all positions that are read, a soft prompt once a batch, and the vocabulary at the targets alone.
+    """
+    c, n = SIZES[size], B * (T - 1) + (P if method == "soft_prompt" else 0)
+    C = c.n_embd
+    return c.n_layer * [(n, C, 3 * C), (n, C, C), (n, C, 4 * C), (n, 4 * C, C)] + [(B * TARGET, C, c.vocab_size)]
+
+
+def floor(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[], None]:
+    """-> just these products, as a step does them: x Wᵀ forward, g W backward."""
+    new = {"device": DEVICE, "dtype": dtype}
+    operands = [(torch.randn(n, i, **new), torch.randn(o, i, **new), torch.randn(n, o, **new)) for n, i, o in shapes]
+
+    def one() -> None:
+        for x, weight, g in operands:
+            x @ weight.T
+            g @ weight
+
+    return one
+
+
+# --------------------------------------------------------------------------------------------------- how it is measured
+
+
+def seconds(contestants: dict[str, Callable[[], object]], turns: int = 15) -> dict[str, float]:
+    """-> the median time of each, after two turns to warm up. They take turns, so that a slow moment meets them all."""
+    times = {name: [] for name in contestants}
+    for _ in range(2 + turns):
+        for name, run in contestants.items():
+            synchronize()
+            begin = time.perf_counter()
+            run()
+            synchronize()
+            times[name].append(time.perf_counter() - begin)
+    return {name: median(taken[2:]) for name, taken in times.items()}
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def kept(base: nn.Module, loss_of: Callable[[], Tensor]) -> float:
+    """-> MB that autograd keeps from forward to backward: each storage once, and none of the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in base.parameters()}
+    storages = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss_of()
+    return sum(s.nbytes() for pointer, s in storages.items() if pointer not in weights) / 1e6
+
+
+def peak(side: str, directory: Path, size: str, method: str, P: int, B: int) -> float:
+    """-> MB at most, of the card or else of the machine, in a process of its own that loads one side and trains three steps."""
+    command = [sys.executable, __file__, "--peak", side, str(directory), size, method, str(P), str(B)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def peak_of_this_process(side: str, directory: str, size: str, method: str, P: str, B: str) -> float:
+    rows = random_rows(size, int(B))
+    if side == "here":
+        model, trained = ours(Path(directory), method, int(P))
+        one = step(trained, our_loss(model, [trained], rows))
+    else:
+        trained = theirs(Path(directory), method, P=int(P))
+        one = step(trained, their_loss(trained, rows))
+    for _ in range(3):
+        one()
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 1e6
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3  # ru_maxrss counts the parent
+
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+
+
+class Table:
+    """Prints each row as it is measured, and keeps it."""
+
+    def __init__(self):
+        self.rows = []
+        print(f"{'':58}{'here':>9}{'PEFT':>9}{'floor':>9}   here/PEFT  here/floor")
+
+    def add(self, what: str, unit: str, here: float, peft: float = 0, floor: float = 0, **more: float | str) -> None:
+        row = {"what": what, "unit": unit, "here": here, "peft": peft, "floor": floor} | more
+        self.rows.append(row)
+        cells = "".join(f"{value:9.1f}" if value else f"{'':9}" for value in (here, peft, floor))
+        ratios = "".join(f"{here / value:12.2f}" if value else f"{'':12}" for value in (peft, floor))
+        extra = "  ".join(f"{key} {value if isinstance(value, str) else round(value, 2)}" for key, value in more.items())
+        print(f"{f'{what}, {unit}':58}{cells}{ratios}  {extra}", flush=True)
+
+
+def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, peak_flops: dict[torch.dtype, float]) -> None:
+    """One training step in both dtypes here and in PEFT, its floor, and what it keeps in memory."""
+    rows, shapes = random_rows(size, B), products(size, method, P, B)
+    contestants, losses = {}, {}
+    for dtype in (FLOAT32, BFLOAT16):
+        directory = base_directory(root, size, dtype)
+        model, adapter = ours(directory, method, P)
+        peer = theirs(directory, method, adapter)
+        losses[dtype] = ((model, our_loss(model, [adapter], rows)), (peer, their_loss(peer, rows)))
+        a, b = (loss_of().item() for _, loss_of in losses[dtype])
+        assert abs(a - b) < (1e-4 if dtype == FLOAT32 else 2e-2) * b, f"losses differ: {a} here, {b} in PEFT"
+        contestants["here", dtype] = step(adapter, losses[dtype][0][1])
+        contestants["peft", dtype] = step(peer, losses[dtype][1][1])
+        contestants["floor", dtype] = floor(shapes, dtype)
+    whole = GPT.from_pretrained(base_directory(root, size, FLOAT32)).to(DEVICE)
+    contestants["full"] = step(whole, our_loss(whole, [], rows))
+    taken = seconds(contestants)
+    for dtype in losses:
+        name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
+        here, floor_seconds = taken["here", dtype], taken["floor", dtype]
+        more = {"tokens/s": B * (SOURCE + TARGET) / here}
+        more["share of peak"] = sum(4 * n * i * o for n, i, o in shapes) / here / peak_flops[dtype]
+        more |= {"/full": here / taken["full"]} if dtype == FLOAT32 else {"/float32": here / taken["here", FLOAT32]}
+        table.add(f"{name} step", "ms", 1e3 * here, 1e3 * taken["peft", dtype], 1e3 * floor_seconds, **more)
+        table.add(f"{name} kept for backward", "MB", *(kept(*side) for side in losses[dtype]))
+        if P == 20:
+            sides = (peak(side, base_directory(root, size, dtype), size, method, P, B) for side in ("here", "peft"))
+            table.add(f"{name} peak memory", "MB", *sides)
+
+
+def compare_generation(table: Table, root: Path, size: str, P: int) -> None:
+    """Greedy tokens a second behind a prefix; PEFT in float32 is the measure of both dtypes here."""
+    models = {dtype: ours(base_directory(root, size, dtype), "prefix", P) for dtype in (FLOAT32, BFLOAT16)}
+    peer = theirs(base_directory(root, size, FLOAT32), "prefix", models[FLOAT32][1])
+    for B in (1, 16):
+        idx = torch.tensor([row.source for row in random_rows(size, B)], device=DEVICE)
+        own = {dtype: lambda m=m, a=a: m.generate(idx, NEW, a.past_kv(m)) for dtype, (m, a) in models.items()}
+        their = lambda: peer.generate(input_ids=idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW, do_sample=False)  # noqa: E731
+        assert own[FLOAT32]().shape == their().shape == (B, SOURCE + NEW)
+        taken = seconds(own | {"peft": their}, turns=15 if size == "small" or CUDA else 5)
+        for dtype in own:
+            name = f"{size} prefix P={P} {str(dtype).removeprefix('torch.')} generation, {B} rows"
+            table.add(name, "tokens/s", B * NEW / taken[dtype], B * NEW / taken["peft"])
+
+
+def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
+    """A prefix step in float32, along one axis at a time from P 20, T 75, batch 10; and how fast the small base is made."""
+    for size in sizes:
+        save_base(root, size)
+    room = SIZES[reference].block_size - SOURCE - TARGET
+    axes = {"P": [P for P in (1, 4, 16, 64, 256, 512) if P <= room], "T": [35, 75, 150, 300], "B": [1, 4, 10, 40], "size": sizes}
+    for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
+        at = {"P": 20, "T": SOURCE + TARGET, "B": 10, "size": reference} | {axis: value}
+        if at["P"] + at["T"] > SIZES[at["size"]].block_size:
+            continue
+        model, adapter = ours(base_directory(root, at["size"], FLOAT32), "prefix", at["P"])
+        loss_of = our_loss(model, [adapter], random_rows(at["size"], at["B"], at["T"]))
+        shapes = products(at["size"], "prefix", at["P"], at["B"], at["T"])
+        taken = seconds({"here": step(adapter, loss_of), "floor": floor(shapes, FLOAT32)}, turns=5)
+        x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
+        place = {"axis": axis, "x": x, "kept_mb": kept(model, loss_of)}
+        table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main(["--method", "pretrain", "--steps", "40", "--out", str(root / "pretrained")])
+    speed = re.findall(r"([\d,]+) tokens/s", printed.getvalue())[-1]
+    table.add("pretraining of the small base", "tokens/s", float(speed.replace(",", "")))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Step time, its floor and what is kept for backward, against each axis, log-log; nothing without matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return print("no figure: matplotlib is not installed")
+    labels = {"P": "virtual tokens P", "T": "tokens a row T", "B": "rows B", "size": "parameters of the base"}
+    curves = {"here": ("step, ms", "o-"), "floor": ("its matrix products, ms", "k--"), "kept_mb": ("kept for backward, MB", "s-")}
+    figure, subplots = pyplot.subplots(1, len(labels), figsize=(14, 4), sharey=True, layout="constrained")
+    for subplot, (axis, label) in zip(subplots, labels.items()):
+        points = [row for row in rows if row.get("axis") == axis]
+        for key, (name, style) in curves.items():
+            subplot.loglog([row["x"] for row in points], [row[key] for row in points], style, label=name)
+        subplot.set_xlabel(label)
+    subplots[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """-> the operations a second of a large square matrix product, the measure of what a step could reach."""
+    n = 8192 if CUDA else 2048
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
+    return 2 * n**3 / seconds({"product": lambda: a @ b})["product"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the small base alone")
+    parser.add_argument("--growth", action="store_true", help="growth in place of the comparison")
+    parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        return print(peak_of_this_process(*args.peak))
+    name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    path = Path(__file__).with_name(f"benchmark-{name.replace(' ', '-')}.json" if CUDA else "benchmark.json")
+    table, sizes = Table(), ["small"] if args.quick else ["small", "124M", "1.5B"] if CUDA else ["small", "124M"]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if args.growth:
+            grow(table, root, sizes[-1], ["small", "124M", "355M"][: 1 if args.quick else 3])
+        else:
+            peaks = {dtype: matmul_peak(dtype) for dtype in (FLOAT32, BFLOAT16)}
+            for size in sizes:
+                save_base(root, size)
+                for method, P in itertools.product(("prefix", "soft_prompt"), (5, 20) if size == "small" else (5, 20, 100)):
+                    compare(table, root, size, method, P, 32 if CUDA else 10, peaks)
+                compare_generation(table, root, size, P=5)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found |= {"device": name, "torch": torch.__version__, "growth" if args.growth else "comparison": table.rows}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.growth:
+        draw(table.rows, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
