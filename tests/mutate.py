@@ -14,6 +14,7 @@ meets those tests only, the quickest first, until one fails. Prints survivors as
 
 import argparse
 import ast
+import gc
 import importlib.util
 import io
 import itertools
@@ -175,10 +176,17 @@ def breaks(file: str, node: ast.AST, statement: ast.stmt | None = None, lines: s
                 differing = [pair for pair in itertools.zip_longest(before, after, fillvalue="") if pair[0] != pair[1]]
                 if differing:
                     line = getattr(child, "lineno", inner.lineno)
-                    yield Break(file, line, inner_lines, *differing[0], lambda put=put, variant=variant: put(variant))
+                    yield Break(file, line, inner_lines, *around(*differing[0]), lambda put=put, variant=variant: put(variant))
             if isinstance(child, ast.Lambda):
                 inner_lines = set(range(child.lineno, child.end_lineno + 1))
             yield from breaks(file, child, inner, inner_lines)
+
+
+def around(before: str, after: str, width: int = 50) -> tuple[str, str]:
+    """-> two lines, cut to what differs and its surroundings."""
+    same = len(os.path.commonprefix([before, after]))
+    tail = min(len(os.path.commonprefix([before[::-1], after[::-1]])), min(len(before), len(after)) - same)
+    return tuple(line[max(0, same - width) : len(line) - tail + width].strip() for line in (before, after))
 
 
 def learning(tree: ast.Module) -> set[int]:
@@ -293,9 +301,10 @@ def in_child(do: Callable[[], int]) -> int:
     return child
 
 
-def run_tests(directory: Path, *plugins: object) -> int:
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--ignore", "tests/test_peers.py", f"--basetemp={directory}", "tests"]
-    return int(pytest.main(options, list(plugins)))
+def run_pytest(*options: str, plugins: tuple = ()) -> int:
+    """All tests but the slow cross-checks, without what would cost each break tenths of a second."""
+    lean = ["--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    return int(pytest.main(["-x", "-q", *lean, *options, "--ignore", "tests/test_peers.py", "tests"], plugins))
 
 
 def try_break(b: Break, trees: dict[str, ast.Module], tracer: Tracer, directory: Path) -> int:
@@ -306,7 +315,7 @@ def try_break(b: Break, trees: dict[str, ast.Module], tracer: Tracer, directory:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     signal.alarm(30)
     exec(compile(ast.fix_missing_locations(trees[b.file]), module.__file__, "exec"), module.__dict__)
-    return run_tests(directory / "pytest", Jury(tracer, b, directory))
+    return run_pytest(f"--basetemp={directory / 'pytest'}", plugins=(Jury(tracer, b, directory),))
 
 
 def main() -> int:
@@ -317,6 +326,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="breaks tried at the same time (default: 2)")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    sys.dont_write_bytecode = False
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary).resolve()
@@ -340,16 +350,17 @@ def mutate(args: argparse.Namespace, here: Path, begin: float) -> int:
 
     environment = dict(os.environ)
     with redirect_stdout(io.StringIO()):
-        pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "--ignore", "tests/test_peers.py", "tests"])
+        run_pytest("--collect-only")
     for name, module in list(sys.modules.items()):  # what is left is what the project imports
         if str(getattr(module, "__file__", "")).startswith(str(here)):
             del sys.modules[name]
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()
 
     def traced() -> int:
         tracer = Tracer(Path.cwd())
-        status = run_tests(here / "traced", tracer)
+        status = run_pytest(f"--basetemp={here / 'traced'}", plugins=(tracer,))
         (here / "tracer").write_bytes(pickle.dumps(tracer))
         return status
 
@@ -363,7 +374,7 @@ def mutate(args: argparse.Namespace, here: Path, begin: float) -> int:
     def verdict(b: Break, status: int) -> None:
         if status == 0:
             survived[b.file] += 1
-            print(f"{b.file}:{b.line}\n- {b.before.strip()}\n+ {b.after.strip()}\n", flush=True)
+            print(f"{b.file}:{b.line}\n- {b.before}\n+ {b.after}\n", flush=True)
 
     def wait() -> None:
         child, status = os.wait()
