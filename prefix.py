@@ -39,8 +39,7 @@ class Prefix(nn.Module):
 
         Untrained, it acts exactly as that text in the context would, so training starts from a place the model knows.
         """
-        with torch.no_grad():
-            _, cache = model(ids[None])
+        _, cache = model(ids[None])
         return cls(torch.stack([torch.stack(kv) for kv in cache])[:, :, 0].permute(3, 0, 1, 2, 4))
 
     @classmethod
@@ -83,7 +82,7 @@ class Prefix(nn.Module):
 
     def bake(self) -> "Prefix":
         """-> the same prefix without its MLP, which only training needs: the MLP's output becomes the numbers."""
-        return Prefix(self.kv().detach())
+        return Prefix(self.kv())
 
     def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), cast to the model's dtype; behind `past_kv` if there is one.
@@ -133,7 +132,7 @@ def kv_shape(model: GPT, n_virtual: int) -> tuple[int, ...]:
 
 def trainable(start: Tensor) -> Tensor:
     """-> a copy in float32, or in the wider dtype it has: half precision would round small updates away."""
-    return start.detach().to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()
+    return start.to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()
 
 
 # An adapter on disk is a PEFT directory: adapter_config.json, and one tensor in adapter_model.safetensors.
@@ -157,7 +156,7 @@ def write_adapter(directory: str | Path, peft_type: str, rows: Tensor, own: dict
     } | own
     with replaced_directory(directory) as new:
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({"prompt_embeddings": rows.detach().float().contiguous().cpu()}, new / "adapter_model.safetensors")
+        save_file({"prompt_embeddings": rows.float().cpu()}, new / "adapter_model.safetensors")
         if model:
             base = {"base": model.name, "fingerprint": model.fingerprint()}
             (new / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
