@@ -172,7 +172,8 @@ def read_adapter(directory: str | Path, peft_type: str, model: GPT | None) -> tu
             raise ValueError(f"{directory}: {key} is {config[key]!r}; only {value!r} can be loaded here")
     path = saved_file(directory, "adapter_model.safetensors")
     rows = read_tensors(path).get("prompt_embeddings")
-    if rows is None or rows.dim() != 2 or not rows.is_floating_point() or not rows.isfinite().all():
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if rows is None or rows.dim() != 2 or rows.dtype not in known or not rows.isfinite().all():
         raise ValueError(f"{path} holds no prompt_embeddings that are finite numbers in rows: train or save it again")
     if config.get("num_virtual_tokens") != len(rows):
         raise ValueError(f"{path} has {len(rows)} rows, its adapter_config.json {config.get('num_virtual_tokens')}")
