@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from data import base_directory, read_json, replaced_directory, saved_file
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights may have; for float8, torch has no sum
 KVCache = list[tuple[Tensor, Tensor]]  # per layer (keys, values), each (B, H, S, D), or batch 1: shared by all rows
 
 
@@ -244,7 +245,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{directory}/model.safetensors has no {name}: it is not the file of a GPT-2 of {model.config}")
             weights[name] = stored(name, found.pop(name))
             shape, dtype = tuple(weights[name].shape), weights[name].dtype
-            if shape != parameter.shape or not dtype.is_floating_point:
+            if shape != parameter.shape or dtype not in FLOATS:
                 expected = tuple(parameter.shape)
                 raise ValueError(f"{directory}: {name} is {dtype} of shape {shape}, config.json asks for {expected}")
         head = found.pop("lm_head.weight", weights["wte.weight"])

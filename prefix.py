@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import read_json, replaced_directory, saved_file
-from model import GPT, KVCache, read_tensors
+from model import FLOATS, GPT, KVCache, read_tensors
 
 
 class Prefix(nn.Module):
@@ -172,8 +172,7 @@ def read_adapter(directory: str | Path, peft_type: str, model: GPT | None) -> tu
             raise ValueError(f"{directory}: {key} is {config[key]!r}; only {value!r} can be loaded here")
     path = saved_file(directory, "adapter_model.safetensors")
     rows = read_tensors(path).get("prompt_embeddings")
-    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if rows is None or rows.dim() != 2 or rows.dtype not in known or not rows.isfinite().all():
+    if rows is None or rows.dim() != 2 or rows.dtype not in FLOATS or not rows.isfinite().all():
         raise ValueError(f"{path} holds no prompt_embeddings that are finite numbers in rows: train or save it again")
     if config.get("num_virtual_tokens") != len(rows):
         raise ValueError(f"{path} has {len(rows)} rows, its adapter_config.json {config.get('num_virtual_tokens')}")

@@ -5,6 +5,7 @@ The cases are drawn anew from a seed each time; a failure prints the case, and r
 
 import json
 import random
+import re
 import resource
 import struct
 import sys
@@ -80,7 +81,7 @@ def header(rng: random.Random, name: str) -> bytes:
         offsets = [rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]), rng.choice([0, 256, 1536, 2**40, 2**64])]
         tensors[tensor] = {"dtype": rng.choice(dtypes), "shape": shape, "data_offsets": offsets}
     if rng.random() < 0.5:  # one that holds together, but for its numbers
-        size, width = rng.choice([(4, "F32"), (8, "F64"), (2, "F16"), (2, "BF16"), (1, "F8_E4M3"), (1, "F8_E5M2"), (1, "F8_E8M0")])
+        width, size = rng.choice([("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)])
         rows, columns = rng.choice([(4, 16), (4, 96), (0, 96), (4, 0)])
         tensors = {name: {"dtype": width, "shape": [rows, columns], "data_offsets": [0, size * rows * columns]}}
         body = bytes(rng.choices([0, 60, 127, 128, 255], k=size * rows * columns))
@@ -92,11 +93,11 @@ def header(rng: random.Random, name: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
-    """A tiny base with the 257 tokens of bytes alone, and an adapter of each kind."""
+    """A tiny base with ten merges, and an adapter of each kind."""
     directory = tmp_path_factory.mktemp("bad")
-    model = GPT(GPTConfig(257, BLOCK, 3, H, C)).freeze()
+    model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
     model.save_pretrained(directory / "base")
-    data.save_tokenizer(directory / "base", [])
+    data.save_tokenizer(directory / "base", data.train_bpe(["the cat sat on the mat"] * 9, 10))
     Prefix.random(model, 4).save(directory / "prefix")
     SoftPrompt.random(model, 4).save(directory / "soft_prompt")
     (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
@@ -166,10 +167,9 @@ def test_bad_lines_of_data(places):
 
     for _ in range(400):
         lines = [json.dumps({"input": text(rng), "target": text(rng)}, ensure_ascii=rng.random() < 0.5) for _ in range(3)]
-        if rng.random() < 0.5:
-            lines[1] = json.dumps(anything(rng)) if rng.random() < 0.5 else changed_value(rng, lines[1].encode(errors="surrogatepass")).decode()
-        content = "\n".join(lines).encode(errors="surrogatepass")
-        path.write_bytes(damaged(rng, content) if rng.random() < 0.5 else content)
+        content = [line.encode(errors="surrogatepass") for line in lines]
+        content[1] = rng.choice([content[1], json.dumps(anything(rng)).encode(), changed_value(rng, content[1])])
+        path.write_bytes(rng.choice([b"\n".join(content), damaged(rng, b"\n".join(content))]))
         outcomes.add(check(use, places, path.read_bytes()))
     assert outcomes == {True, False}
 
@@ -199,3 +199,47 @@ def test_bad_tokenizers(places):
     check_file(places, "base", "vocab.json", changed_value, use_tokenizer, 100)
     check_file(places, "base", "vocab.json", damaged, use_tokenizer, 50)
     check_file(places, "base", "merges.txt", damaged, use_tokenizer, 50)
+
+
+def flags(capsys) -> list[str]:
+    """-> all that the command line knows, but what sets the size of a run or names a file to write."""
+    with pytest.raises(SystemExit, match="0"):
+        train.parse(["--help"])
+    found = set(re.findall(r"--[a-z]+[a-z-]*", capsys.readouterr().out))
+    return sorted(found - {"--help", "--steps", "--batch-size", "--out", "--predict"})
+
+
+def exits(action) -> None:
+    """What argparse refuses, with exit status 2 and a sentence of its own, is refused like anything else."""
+    try:
+        action()
+    except SystemExit as error:
+        assert error.code == 2
+        raise ValueError("argparse has printed the sentence") from None
+
+
+def test_bad_flags(places, capsys):
+    """400 command lines of flags with a value, several or none."""
+    rng, names, outcomes = random.Random(0), flags(capsys), set()
+    words = ["1", "0", "-1", "8", "1e-3", "nan", "1e999", "9" * 30, "text", "zero", "prefix", "both", "full", "none", "chat", ""]
+    for _ in range(400):
+        argv = []
+        for name in rng.sample(names, rng.randrange(1, 6)):
+            argv += [name, *rng.choices([*words, text(rng)], k=rng.choice([0, 1, 1, 1, 1, 2]))]
+        outcomes.add(check(lambda: exits(lambda: train.parse(argv)), places, argv))
+    assert outcomes == {True, False}
+
+
+def test_bad_runs(places, tmp_path, monkeypatch, capsys):
+    """100 runs of one step with files, numbers and texts in the wrong places."""
+    rng, names, outcomes = random.Random(0), flags(capsys), set()
+    monkeypatch.chdir(tmp_path)
+    files = [str(places / name) for name in ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")]
+    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "both", "soft_prompt", "full", "none", "chat", "cpu", *files]
+    for _ in range(100):
+        argv = ["--base", files[0], "--data", files[1], "--steps", "1", "--batch-size", "2", "--out", "out"]
+        argv += [rng.choice(names), rng.choice([*words, text(rng)])]
+        prompt = ["--prompt", text(rng)]
+        argv += rng.choice([[], ["--init-text", text(rng)], prompt, [*prompt, "--adapter", rng.choice(files)]])
+        outcomes.add(check(lambda: exits(lambda: train.main(argv)), places, argv))
+    assert outcomes == {True, False}
