@@ -196,6 +196,7 @@ def test_a_saved_prefix_comes_back_bit_for_bit(tmp_path, n_layer, n_head):
     assert_close(again.start, prefix.start, rtol=0, atol=0)
     stacked = again.past_kv(model, prefix.past_kv(model))
     assert [k.shape for k, _ in stacked] == [(1, n_head, 6, C // n_head)] * n_layer
+    assert model.generate(random_ids(2, 3), 4, SoftPrompt.random(model, 2).past_kv(model, stacked)).shape == (2, 7)
 
 
 def test_its_files_are_pefts(model, tmp_path):
