@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -219,6 +220,33 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
     assert model.fingerprint() != print_of_base
 
 
+def test_the_fingerprint_stays_what_it_is():
+    """Adapters on disk name their base by it. Sizes count too, since equal weights in other heads are another model."""
+    prints = []
+    for n_head in (2, 4):
+        model = GPT(GPTConfig(V, BLOCK, 1, n_head, C))
+        for p in model.parameters():
+            p.data = torch.arange(p.numel(), dtype=torch.float32).view(p.shape) / p.numel()
+        prints.append(model.fingerprint())
+    assert prints[0] == "b0b7f98960a76df5" != prints[1]
+
+
+@pytest.mark.parametrize("changes", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 4 * C}, {"n_inner": None}])
+def test_files_of_older_and_newer_writers_load(model, tmp_path, changes):
+    """Other words for the same architecture; OpenAI's names without a prefix; the mask buffers that it once stored."""
+    model.save_pretrained(tmp_path / "base")
+    edit(tmp_path / "base", **changes)
+    path = tmp_path / "base" / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    weights = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    buffers = {"h.0.attn.bias": torch.ones(1, 1, BLOCK, BLOCK), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(weights | buffers | {"lm_head.weight": weights["wte.weight"].clone()}, path)
+    again = GPT.from_pretrained(str(tmp_path / "base"))
+    assert again.name == str(tmp_path / "base")
+    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_the_start_is_gpt2s():
     """N(0, 0.02²), what is added to the residual stream 1/√(2L) of it, biases zero, gains one."""
     torch.manual_seed(0)
@@ -266,6 +294,10 @@ def edit(directory, **changes):
         {"n_head": 3},
         {"n_layer": "three"},
         {"n_layer": 10**12},
+        {"n_layer": 1001},
+        {"n_layer": 3.0},
+        {"vocab_size": 10**6},
+        {"n_embd": 0},
         {"n_positions": -1},
         {"vocab_size": None},
         {"layer_norm_epsilon": "small"},
@@ -280,7 +312,12 @@ def test_what_is_not_this_architecture_is_refused_by_name(model, tmp_path, chang
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"n_embd": 32}, "wte.weight is"), ({"n_layer": 4}, "no h.3.ln_1.weight"), ({"n_layer": 2}, "h.2.")],
+    [
+        ({"n_embd": 32}, "wte.weight is"),
+        ({"vocab_size": 10**6 - 1}, "asks for .999999, 16."),
+        ({"n_layer": 4}, "no h.3.ln_1.weight"),
+        ({"n_layer": 2}, "h.2."),
+    ],
 )
 def test_weights_of_other_sizes_are_refused(model, tmp_path, changes, message):
     model.save_pretrained(tmp_path / "base")
