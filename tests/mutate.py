@@ -232,17 +232,18 @@ class Tracer:
     What a fixture that tests share executes is recorded under the fixture's name, and counts for all its tests.
     """
 
-    def __init__(self, directory: Path):
-        self.directory, self.owner = str(directory), ""
+    def __init__(self):
+        self.files = {str(Path(file).resolve()): file for file in FILES}
+        self.owner = ""
         self.lines: dict[str, set[tuple[str, int]]] = defaultdict(set)
         self.fixtures: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
         self.values: dict[str, str] = {}
 
     def trace(self, frame, event, argument):
-        path, name = os.path.split(frame.f_code.co_filename)
-        if path == self.directory:
-            self.lines[self.owner].add((name, frame.f_lineno))
+        file = self.files.get(frame.f_code.co_filename)
+        if file:
+            self.lines[self.owner].add((file, frame.f_lineno))
             return self.trace
 
     def record(self, owner: str):
@@ -382,7 +383,7 @@ def mutate(args: argparse.Namespace, here: Path, begin: float) -> int:
     gc.freeze()
 
     def traced() -> int:
-        tracer = Tracer(Path.cwd())
+        tracer = Tracer()
         status = run_pytest(f"--basetemp={here / 'traced'}", plugins=(tracer,))
         (here / "tracer").write_bytes(pickle.dumps(tracer))
         return status

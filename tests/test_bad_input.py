@@ -189,10 +189,10 @@ def test_bad_adapters(places, kind):
 
 
 def test_bad_bases(places):
-    check_file(places, "base", "config.json", changed_value, use_base, 100)
-    check_file(places, "base", "config.json", damaged, use_base, 50)
-    check_file(places, "base", "model.safetensors", damaged, use_base, 50)
-    check_file(places, "base", "model.safetensors", changed_tensor, use_base, 100)
+    check_file(places, "base", "config.json", changed_value, use_base, 50)
+    check_file(places, "base", "config.json", damaged, use_base, 30)
+    check_file(places, "base", "model.safetensors", damaged, use_base, 30)
+    check_file(places, "base", "model.safetensors", changed_tensor, use_base, 60)
 
 
 def test_bad_tokenizers(places):

@@ -259,7 +259,7 @@ def test_the_start_is_gpt2s():
 
 
 def test_config_json_is_that_of_hugging_faces_gpt2(model, tmp_path):
-    """One layer norm epsilon, GPT-2's, where none is named; sizes do not change under a model."""
+    """Where it names no epsilon, it is GPT-2's. The default sizes are the small base's; none changes under a model."""
     model.save_pretrained(tmp_path / "base")
     config = {
         "architectures": ["GPT2LMHeadModel"], "bos_token_id": 60, "eos_token_id": 60, "model_type": "gpt2",
@@ -272,6 +272,7 @@ def test_config_json_is_that_of_hugging_faces_gpt2(model, tmp_path):
     del config["layer_norm_epsilon"], config["n_inner"], config["tie_word_embeddings"]
     path.write_text(json.dumps(config))
     assert GPT.from_pretrained(path.parent).config == model.config
+    assert GPTConfig(61) == GPTConfig(61, block_size=128, n_layer=4, n_head=4, n_embd=128, layer_norm_epsilon=1e-5)
     with pytest.raises(AttributeError):
         model.config.n_layer = 4
 
