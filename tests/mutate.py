@@ -45,6 +45,7 @@ EQUIVALENT = [
     ("promote_types(start.dtype, torch.float32)", "promote_types(torch.float32, start.dtype)", "the order does not matter"),
     ("for n in (L, H, C)", "for n in (H, L, C)", "the order of conditions that must all hold does not matter"),
     ("(torch.float64, torch.float32,", "(torch.float32, torch.float64,", "the order does not matter"),
+    ("where[best].copy()", "where[best]", "what is added on the way is in the set already"),
     ("[0][0].size", "[0][1].size", "keys and values have one shape"),
     ("n_past:S]", "n_past:S + 1]", "the next token overwrites the position behind before it is read"),
     ("room - n_past", "room", "a buffer larger than need be"),
@@ -91,7 +92,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield changed(node, op=OPPOSITE[type(op)]())
             for fewer in without(values):
                 yield changed(node, values=fewer) if len(fewer) > 1 else fewer[0]
-        case ast.UnaryOp(_, operand):
+        case ast.UnaryOp(ast.Not() | ast.USub(), operand):
             yield operand
         case ast.Compare(ops=ops):
             for i, op in enumerate(ops):

@@ -137,16 +137,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("with_past", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_generation_equals_reading_everything_anew(model, with_past, temperature):
     """The preallocated cache changes the cost of a token and nothing else, greedy or sampled."""
     past = model(random_ids(1, 3, seed=2))[1] if with_past else None
-    idx = random_ids(8, 4)
+    idx = random_ids(30, 4)
     got = model.generate(idx, 10, past, temperature, generator=seeded())
     generator = seeded()
     for _ in range(10):
         logits = model(idx, past)[0][:, -1].float()
-        drawn = torch.multinomial(torch.softmax(logits / 3.0, dim=-1), 1, generator=generator)
+        drawn = torch.multinomial(torch.softmax(logits / 2.0, dim=-1), 1, generator=generator)
         idx = torch.cat([idx, drawn if temperature else logits.argmax(dim=-1, keepdim=True)], dim=1)
     assert got.tolist() == idx.tolist()
 
