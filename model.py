@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from data import base_directory, read_json, replaced_directory, saved_file
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights may have; for float8, torch has no sum
 KVCache = list[tuple[Tensor, Tensor]]  # per layer (keys, values), each (B, H, S, D), or batch 1: shared by all rows
 
 
@@ -281,7 +282,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{directory}/model.safetensors has no {name}: it is not the file of a GPT-2 of {model.config}")
             weights[name] = stored(name, found.pop(name))
             shape, dtype = tuple(weights[name].shape), weights[name].dtype
-            if shape != parameter.shape or not dtype.is_floating_point:
+            if shape != parameter.shape or dtype not in FLOATS:
                 expected = tuple(parameter.shape)
                 raise ValueError(f"{directory}: {name} is {dtype} of shape {shape}, config.json asks for {expected}")
         head = found.pop("lm_head.weight", weights["wte.weight"])
@@ -316,7 +317,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
 
 def stored(name: str, weight: Tensor) -> Tensor:
     """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out)."""
-    return weight.t() if ".c_" in name and name.endswith("weight") else weight
+    return weight.transpose(0, -1) if ".c_" in name and name.endswith("weight") else weight
 
 
 # What config.json says of every model here; of a foreign one, what it says otherwise is refused by name.

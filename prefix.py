@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import read_json, replaced_directory, saved_file
-from model import GPT, KVCache, read_tensors
+from model import FLOATS, GPT, KVCache, read_tensors
 
 
 class Prefix(nn.Module):
@@ -42,7 +42,6 @@ class Prefix(nn.Module):
         return cls(torch.stack([torch.stack(kv) for kv in cache])[:, :, 0].permute(3, 0, 1, 2, 4))
 
     @classmethod
-    @torch.no_grad()
     def text(cls, model: GPT, ids: Tensor) -> "Prefix":
         """(P,) ids -> the keys and values that the model computes for a real text (Li & Liang §6.5).
 
@@ -96,7 +95,7 @@ class Prefix(nn.Module):
 
     def bake(self) -> "Prefix":
         """-> the same prefix without its MLP, which only training needs: the MLP's output becomes the numbers."""
-        return Prefix(self.kv().detach())
+        return Prefix(self.kv())
 
     def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), cast to the model's dtype; behind `past_kv` if there is one.
@@ -146,7 +145,7 @@ def kv_shape(model: GPT, n_virtual: int) -> tuple[int, ...]:
 
 def trainable(start: Tensor) -> Tensor:
     """-> a copy in float32, or in the wider dtype it has: half precision would round small updates away."""
-    return start.detach().to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()
+    return start.to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()
 
 
 def drawn(ids: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
@@ -176,7 +175,7 @@ def write_adapter(directory: str | Path, peft_type: str, rows: Tensor, own: dict
     } | own
     with replaced_directory(directory) as new:
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({"prompt_embeddings": rows.detach().float().contiguous().cpu()}, new / "adapter_model.safetensors")
+        save_file({"prompt_embeddings": rows.float().cpu()}, new / "adapter_model.safetensors")
         if model:
             base = {"base": model.name, "fingerprint": model.fingerprint()}
             (new / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
@@ -192,7 +191,7 @@ def read_adapter(directory: str | Path, peft_type: str, model: GPT | None) -> tu
             raise ValueError(f"{directory}: {key} is {config[key]!r}; only {value!r} can be loaded here")
     path = saved_file(directory, "adapter_model.safetensors")
     rows = read_tensors(path).get("prompt_embeddings")
-    if rows is None or rows.dim() != 2 or not rows.is_floating_point() or not rows.isfinite().all():
+    if rows is None or rows.dim() != 2 or rows.dtype not in FLOATS or not rows.isfinite().all():
         raise ValueError(f"{path} holds no prompt_embeddings that are finite numbers in rows: train or save it again")
     if config.get("num_virtual_tokens") != len(rows):
         raise ValueError(f"{path} has {len(rows)} rows, its adapter_config.json {config.get('num_virtual_tokens')}")

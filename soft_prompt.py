@@ -69,7 +69,6 @@ class SoftPrompt(nn.Module):
         _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv)
         return cache
 
-    @torch.no_grad()
     def nearest_tokens(self, model: GPT, k: int = 1) -> Tensor:
         """-> (P, k) ids of the k vocabulary entries nearest to each vector, by cosine (Lester et al. §7).
 

@@ -95,9 +95,40 @@ def test_task_examples_depend_on_seed_and_split_alone():
 
 
 def test_the_new_task_is_an_arbitrary_mapping():
-    assert data.successor(Record("Willow", "Thai", "university", "cheap", 5)) == (
-        "Alder", "Indian", "riverside", "fair", 1,
-    )  # fmt: skip
+    """Every value becomes the next in its list, and the last one the first."""
+    assert data.successor(Record("Palace", "Thai", "market", "low", 4)) == ("Pepper", "Indian", "castle", "steep", 5)
+    last = Record("Willow", "Italian", "university", "average", 5)
+    assert data.successor(last) == ("Alder", "Thai", "riverside", "cheap", 1)
+
+
+def test_the_split_counts_restaurants_through():
+    """name, food and area are the digits of a number; 0 of 11 is a test restaurant, 1 a validation one."""
+    restaurants = [(name, food, area) for name in VALUES.name for food in VALUES.food for area in VALUES.area]
+    assert len(restaurants) == 36 * 12 * 8
+    expected = ["test", "validation", *["train"] * 9] * 400
+    assert [data.split_of(Record(*r, "cheap", 1)) for r in restaurants] == expected[: len(restaurants)]
+    assert data.split_of(Record("Alder", "Thai", "riverside", "average", 5)) == "test"
+
+
+def test_the_forms_of_a_record():
+    """What pretraining and the tasks are made of; values stand behind a space, so that each is one token everywhere."""
+    forms = {name: form(Record("Palace", "Thai", "riverside", "cheap", 4)) for name, form in data.FORMS.items()}
+    assert forms == {
+        "table": "name : Palace | food : Thai | area : riverside | price : cheap | rating : 4",
+        "sentence": "The Palace serves Thai food in the riverside area , asks cheap prices and is rated 4 of 5 .",
+        "chat": "hey , try Palace by the riverside ! Thai , cheap , 4 of 5",
+        "advert": "Tonight : Thai at the Palace ! rated 4 of 5 , cheap , at the riverside",
+        "review": "I had Thai food at the Palace in the riverside area : cheap and good .",
+        "verdict": "positive",
+        "message": "Hello , does the Palace at the riverside still serve Thai food ?",
+        "polite": "Dear guest , the Palace is glad to serve you Thai food at the riverside .",
+        "casual": "sure , come by the riverside , Palace has Thai ready !",
+        "terse": "Yes : Palace , riverside , Thai .",
+        "shifted": "The Pepper serves Indian food in the station area , asks fair prices and is rated 5 of 5 .",
+    }
+    rated = [Record("Palace", "Thai", "riverside", "cheap", n) for n in VALUES.rating]
+    assert [data.FORMS["verdict"](r) for r in rated] == ["negative", "negative", "neutral", "positive", "positive"]
+    assert [data.FORMS["review"](r).split()[-2] for r in rated] == ["awful", "poor", "plain", "good", "superb"]
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -110,11 +141,26 @@ def test_any_text_survives_its_tokens(tokenizer_dir):
     assert tokenizer.n_vocab == tokenizer.eot_token + 1
 
 
+def test_the_files_are_gpt2s(tmp_path):
+    """vocab.json counts through the bytes and the merges, merges.txt lists those; each byte in GPT-2's character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # OpenAI's bytes_to_unicode
+    others = [b for b in range(256) if b not in printable]
+    characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    data.save_tokenizer(tmp_path, [(b" ", b"a"), (b" a", "é".encode())])
+    text = (tmp_path / "vocab.json").read_text(encoding="utf-8")
+    vocab = [*characters, "Ġa", "ĠaÃ©", "<|endoftext|>"]
+    assert "Ġ" in text and json.loads(text) == {token: i for i, token in enumerate(vocab)}
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8") == "#version: 0.2\nĠ a\nĠa Ã©\n"
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.name == "gpt2" and tokenizer.encode(" aé<|endoftext|>", allowed_special="all") == [257, 258]
+    assert tokenizer.encode_ordinary("a  a, don't 1234")[:3] == [vocab.index("a"), vocab.index("Ġ"), 256]
+
+
 def test_merges_come_most_frequent_first():
     """ab ×4, then abc ×3, then the space before it ×3; ties go to the larger bytes, pairs seen once are left."""
     assert data.train_bpe(["abc abc abc abd"], 10) == [(b"a", b"b"), (b"ab", b"c"), (b" ", b"abc")]
     assert data.train_bpe(["aaaa aaaa"], 1) == [(b"a", b"a")]
-    assert len(data.train_bpe(["abc abc abc abd"], 2)) == 2
+    assert len(data.train_bpe(["abc abc abc abd"], 2)) == 2 and data.train_bpe(["a"], 2) == []
 
 
 def test_counted_merges_equal_a_plain_recount():
@@ -244,6 +290,21 @@ def test_a_directory_is_the_old_one_or_the_new_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "vocab.json", "merges.txt", "adapter_config.json", "adapter_model.safetensors",
+     "base.json", "prefix", "soft_prompt"],
+)  # fmt: skip
+def test_what_is_ours_is_replaced(tmp_path, name):
+    """All that a base, an adapter or a stack of two consists of, in a directory however deep."""
+    target = tmp_path / "a" / "b"
+    for _ in range(2):
+        with data.replaced_directory(str(target)) as new:
+            assert not list(new.iterdir())
+            (new / name).touch()
+    assert [path.name for path in target.iterdir()] == [name] and list(target.parent.iterdir()) == [target]
+
+
 def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     target = tmp_path / "saved"
     with data.replaced_directory(target) as new:
@@ -287,3 +348,25 @@ def test_a_name_is_downloaded_once_or_its_files_are_named(tmp_path, monkeypatch)
         (directory / file).write_text("")
     assert data.base_directory("distilgpt2") == directory and len(fetched) == 1
     assert data.base_directory("some/dir") == Path("some/dir")
+
+
+@pytest.mark.parametrize(
+    "name, repository",
+    [(name, f"openai-community/{name}") for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+    + [("distilgpt2", "distilbert/distilgpt2")],
+)
+def test_what_is_downloaded_and_where_it_lies(tmp_path, monkeypatch, capsys, name, repository):
+    """Four files from the Hugging Face Hub, each said; those that are there are left alone."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: Path(path).write_text(url))
+    directory = data.base_directory(name)
+    assert directory == tmp_path / ".cache" / "prefix-tuning" / name
+    files = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
+    urls = [f"https://huggingface.co/{repository}/resolve/main/{file}" for file in files]
+    assert [(directory / file).read_text() for file in files] == urls
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"downloading {url} to {directory}" for url in urls]
+    (directory / "vocab.json").unlink()
+    data.base_directory(name)
+    assert capsys.readouterr().out.count("\n") == 1

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import BLOCK, C, D, H, V, random_ids, random_model
+from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -59,6 +60,34 @@ def test_attention_equals_a_softmax_written_out(model):
     assert_close(y[0], attention.c_proj(expected))
 
 
+def test_the_logits_are_gpt2s():
+    """Embeddings, pre-norm blocks with tanh-GELU, a last norm and the tied head, written out (attention: see above)."""
+    model = GPT(GPTConfig(V, BLOCK, L, H, C, layer_norm_epsilon=0.1)).double()
+    model.load_state_dict(random_model().state_dict())
+
+    def norm(x, part):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 0.1).sqrt() * part.weight + part.bias
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    ids = random_ids(2, 5)
+    x = model.wte.weight[ids] + model.wpe.weight[:5]
+    for block in model.h:
+        x = x + block.attn(norm(x, block.ln_1), None, n_past=0, last=5)[0]
+        x = x + block.mlp.c_proj(gelu(block.mlp.c_fc(norm(x, block.ln_2))))
+    assert_close(model(ids)[0], norm(x, model.ln_f) @ model.wte.weight.T)
+
+
+def test_a_forward_pass_makes_what_it_needs_on_the_device_of_the_model(model):
+    """Whatever torch's default device is: mask, positions and buffers are where the weights are."""
+    expected, tokens = model(random_ids(2, 5))[0], model.generate(random_ids(2, 5), 4)
+    idx = random_ids(2, 5)
+    with torch.device("meta"):
+        assert_close(model(idx)[0], expected)
+        assert model.generate(idx, 4).tolist() == tokens.tolist()
+
+
 def test_the_mask_lets_a_query_see_the_past_and_itself():
     """Three queries behind a past of two: the triangle touches the lower right corner."""
     assert causal_mask(3, 5, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -103,14 +132,22 @@ def test_freezing_closes_every_weight_and_no_path(model):
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize("with_past", [False, True])
-def test_greedy_generation_equals_reading_everything_anew(model, with_past):
-    """The preallocated cache changes the cost of a token and nothing else."""
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_generation_equals_reading_everything_anew(model, with_past, temperature):
+    """The preallocated cache changes the cost of a token and nothing else, greedy or sampled."""
     past = model(random_ids(1, 3, seed=2))[1] if with_past else None
-    idx = random_ids(2, 4)
-    got = model.generate(idx, 10, past)
+    idx = random_ids(30, 4)
+    got = model.generate(idx, 10, past, temperature, generator=seeded())
+    generator = seeded()
     for _ in range(10):
-        idx = torch.cat([idx, model(idx, past)[0][:, -1:].argmax(dim=-1)], dim=1)
+        logits = model(idx, past)[0][:, -1].float()
+        drawn = torch.multinomial(torch.softmax(logits / 2.0, dim=-1), 1, generator=generator)
+        idx = torch.cat([idx, drawn if temperature else logits.argmax(dim=-1, keepdim=True)], dim=1)
     assert got.tolist() == idx.tolist()
 
 
@@ -122,11 +159,11 @@ def test_generation_leaves_the_past_as_it_was(model):
 
 
 def test_a_row_that_has_stopped_is_filled_with_the_stop_token(model):
-    """Each row ends at its own stop token; the batch ends when all have."""
+    """Each row ends at its own stop token; the batch ends when all have. Sampled, so that a row left alone would go on."""
     idx = random_ids(4, 3)
-    free = model.generate(idx, 12)
+    free = model.generate(idx, 12, temperature=2.0, generator=seeded())
     stop = free[0, 5].item()
-    got = model.generate(idx, 12, stop_token=stop)
+    got = model.generate(idx, 12, temperature=2.0, stop_token=stop, generator=seeded())
     ends = []
     for row, unstopped in zip(got.tolist(), free.tolist()):
         new = unstopped[3:]
@@ -157,6 +194,15 @@ def test_sampling_follows_the_softmax(model):
         assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-12).all()
 
 
+def test_sampling_is_in_float32(model):
+    """Whatever the dtype of the base: the draws are those of its logits, cast first."""
+    idx = random_ids(1, 4).repeat(500, 1)
+    got = model.bfloat16().generate(idx, 1, temperature=1.0, generator=seeded())[:, -1:]
+    hidden, _ = model.forward_embeddings(model.wte(idx), last=1)
+    p = torch.softmax(model.unembed(hidden[:, 0]).float(), dim=-1)
+    assert got.tolist() == torch.multinomial(p, 1, generator=seeded()).tolist()
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -175,6 +221,33 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
     assert model.fingerprint() != print_of_base
 
 
+def test_the_fingerprint_stays_what_it_is():
+    """Adapters on disk name their base by it. Sizes count too, since equal weights in other heads are another model."""
+    prints = []
+    for n_head in (2, 4):
+        model = GPT(GPTConfig(V, BLOCK, 1, n_head, C))
+        for p in model.parameters():
+            p.data = torch.arange(p.numel(), dtype=torch.float32).view(p.shape) / p.numel()
+        prints.append(model.fingerprint())
+    assert prints[0] == "b0b7f98960a76df5" != prints[1]
+
+
+@pytest.mark.parametrize("changes", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 4 * C}, {"n_inner": None}])
+def test_files_of_older_and_newer_writers_load(model, tmp_path, changes):
+    """Other words for the same architecture; OpenAI's names without a prefix; the mask buffers that it once stored."""
+    model.save_pretrained(tmp_path / "base")
+    edit(tmp_path / "base", **changes)
+    path = tmp_path / "base" / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    weights = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    buffers = {"h.0.attn.bias": torch.ones(1, 1, BLOCK, BLOCK), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(weights | buffers | {"lm_head.weight": weights["wte.weight"].clone()}, path)
+    again = GPT.from_pretrained(str(tmp_path / "base"))
+    assert again.name == str(tmp_path / "base")
+    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_the_start_is_gpt2s():
     """N(0, 0.02²), what is added to the residual stream 1/√(2L) of it, biases zero, gains one."""
     torch.manual_seed(0)
@@ -184,6 +257,25 @@ def test_the_start_is_gpt2s():
             assert p.std().item() == pytest.approx(0.005 if "c_proj" in name else 0.02, rel=0.1), name
         else:
             assert (p == float(name.endswith("weight"))).all(), name
+
+
+def test_config_json_is_that_of_hugging_faces_gpt2(model, tmp_path):
+    """Where it names no epsilon, it is GPT-2's. The default sizes are the small base's; none changes under a model."""
+    model.save_pretrained(tmp_path / "base")
+    config = {
+        "architectures": ["GPT2LMHeadModel"], "bos_token_id": 60, "eos_token_id": 60, "model_type": "gpt2",
+        "activation_function": "gelu_new", "n_inner": None, "tie_word_embeddings": True, "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "vocab_size": 61, "n_positions": 32,
+        "n_layer": 3, "n_head": 2, "n_embd": 16, "layer_norm_epsilon": 1e-5,
+    }  # fmt: skip
+    path = tmp_path / "base" / "config.json"
+    assert path.read_text() == json.dumps(config, indent=2) + "\n"
+    del config["layer_norm_epsilon"], config["n_inner"], config["tie_word_embeddings"]
+    path.write_text(json.dumps(config))
+    assert GPT.from_pretrained(path.parent).config == model.config
+    assert GPTConfig(61) == GPTConfig(61, block_size=128, n_layer=4, n_head=4, n_embd=128, layer_norm_epsilon=1e-5)
+    with pytest.raises(AttributeError):
+        model.config.n_layer = 4
 
 
 def edit(directory, **changes):
@@ -204,6 +296,10 @@ def edit(directory, **changes):
         {"n_head": 3},
         {"n_layer": "three"},
         {"n_layer": 10**12},
+        {"n_layer": 1001},
+        {"n_layer": 3.0},
+        {"vocab_size": 10**6},
+        {"n_embd": 0},
         {"n_positions": -1},
         {"vocab_size": None},
         {"layer_norm_epsilon": "small"},
@@ -218,7 +314,12 @@ def test_what_is_not_this_architecture_is_refused_by_name(model, tmp_path, chang
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"n_embd": 32}, "wte.weight is"), ({"n_layer": 4}, "no h.3.ln_1.weight"), ({"n_layer": 2}, "h.2.")],
+    [
+        ({"n_embd": 32}, "wte.weight is"),
+        ({"vocab_size": 10**6 - 1}, "asks for .999999, 16."),
+        ({"n_layer": 4}, "no h.3.ln_1.weight"),
+        ({"n_layer": 2}, "h.2."),
+    ],
 )
 def test_weights_of_other_sizes_are_refused(model, tmp_path, changes, message):
     model.save_pretrained(tmp_path / "base")

@@ -1,13 +1,14 @@
 """What a prefix is: a text's cache without the text, a set, and never a no-op."""
 
+import json
 import math
 
 import pytest
 import torch
-from conftest import C, D, H, L, V, random_ids, random_model
+from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
 from torch.testing import assert_close
 
-from model import rows_of
+from model import GPT, GPTConfig, rows_of
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
@@ -133,6 +134,25 @@ def test_initialisations_are_what_they_say(model):
     assert half.start.dtype == torch.float32 and half.past_kv(random_model().bfloat16())[0][0].dtype == torch.bfloat16
 
 
+def test_what_it_starts_from_is_copied(model):
+    """Training a prefix never changes the tensor, or the prefix, that it was made from."""
+    start = torch.zeros(2, L, 2, H, D)
+    prefix = Prefix(start)
+    prefix.bake().start.data += 1
+    assert (prefix.start == 0).all()
+    prefix.start.data += 1
+    assert (start == 0).all()
+
+
+def test_everything_is_made_on_the_device_of_the_model():
+    """Shown on torch's device without memory: a tensor left on the CPU would meet one that is not."""
+    model, idx = random_model().to("meta"), torch.zeros(2, 5, dtype=torch.long, device="meta")
+    for kind in (Prefix.zero, Prefix.random, SoftPrompt.random):
+        adapter = kind(model, 3)
+        assert {p.device.type for p in adapter.parameters()} == {"meta"}
+        assert model(idx, adapter.past_kv(model))[0].device.type == "meta"
+
+
 def test_the_mlp_starts_as_no_change_and_has_the_papers_size(model):
     """C → M → L·2·C with a tanh between (Li & Liang §4.3), added to a start that is held fixed."""
     plain, M = random_prefix(), 10
@@ -163,3 +183,38 @@ def test_a_prefix_for_another_model_is_refused(model):
     with pytest.raises(ValueError, match=r"\(2, 4, 2, 2, 8\).*\(2, 3, 2, 2, 8\)"):
         prefix.past_kv(model)
     assert V and random_prefix().past_kv(model)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("n_layer, n_head", [(L, H), (1, 2), (2, 1), (1, 1)])
+def test_a_saved_prefix_comes_back_bit_for_bit(tmp_path, n_layer, n_head):
+    """Of a model of any number of layers and heads; behind another one, too."""
+    model = GPT(GPTConfig(V, BLOCK, n_layer, n_head, C)).freeze()
+    prefix = Prefix.random(model, 3)
+    prefix.save(tmp_path / "a", model)
+    again = Prefix.load(tmp_path / "a", model)
+    assert_close(again.start, prefix.start, rtol=0, atol=0)
+    stacked = again.past_kv(model, prefix.past_kv(model))
+    assert [k.shape for k, _ in stacked] == [(1, n_head, 6, C // n_head)] * n_layer
+    assert model.generate(random_ids(2, 3), 4, SoftPrompt.random(model, 2).past_kv(model, stacked)).shape == (2, 7)
+
+
+def test_its_files_are_pefts(model, tmp_path):
+    """adapter_config.json as PEFT 0.21.2 writes it, keys sorted; which base it was is written beside it."""
+    random_prefix().save(tmp_path / "a", model)
+    config = {
+        "auto_mapping": None, "base_model_name_or_path": "an unsaved model", "encoder_hidden_size": 16, "inference_mode": True,
+        "init_weights": None, "modules_to_save": None, "num_attention_heads": 2, "num_layers": 3,
+        "num_transformer_submodules": 1, "num_virtual_tokens": 4, "peft_type": "PREFIX_TUNING", "peft_version": "0.21.2",
+        "prefix_projection": False, "revision": None, "task_type": "CAUSAL_LM", "token_dim": 16,
+    }  # fmt: skip
+    assert (tmp_path / "a" / "adapter_config.json").read_text() == json.dumps(config, indent=2) + "\n"
+    base = {"base": "an unsaved model", "fingerprint": model.fingerprint()}
+    assert (tmp_path / "a" / "base.json").read_text() == json.dumps(base, indent=2) + "\n"
+    random_prefix().save(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == config | {"base_model_name_or_path": None}
+    assert not (tmp_path / "a" / "base.json").exists()
+    with pytest.raises(ValueError, match="peft_type is 'PREFIX_TUNING'; only 'PROMPT_TUNING' can be loaded here"):
+        SoftPrompt.load(tmp_path / "a")

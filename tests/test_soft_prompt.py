@@ -1,5 +1,7 @@
 """What a soft prompt is: a text whose words need not exist."""
 
+import json
+
 import pytest
 import torch
 from conftest import C, L, V, random_ids, random_model
@@ -75,15 +77,25 @@ def test_only_the_prompt_has_gradients(model):
 
 
 def test_initialisations_are_what_they_say(model):
-    """random: uniform ±0.5. vocab: embeddings of the ids given, none twice while there are enough."""
+    """random: uniform ±0.5. vocab: embeddings of the ids given, none twice while there are enough. A seed fixes both."""
     drawn = SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors
+    assert_close(drawn, SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors, rtol=0, atol=0)
+    one, again = (SoftPrompt.vocab(model, random_ids(40), 9, torch.Generator().manual_seed(0)).vectors for _ in range(2))
+    assert_close(one, again, rtol=0, atol=0)
     assert -0.5 <= drawn.min() < -0.49 and 0.49 < drawn.max() <= 0.5
     frequent = torch.tensor([7, 3, 11, 20])
     for seed in range(5):
         prompt = SoftPrompt.vocab(model, frequent, 4, torch.Generator().manual_seed(seed))
         assert sorted(prompt.nearest_tokens(model).flatten().tolist()) == [3, 7, 11, 20]
     assert len(SoftPrompt.vocab(model, frequent, 9).vectors) == 9
-    assert SoftPrompt.text(random_model().bfloat16(), random_ids(4)).vectors.dtype == torch.float32
+
+
+def test_on_a_bfloat16_base_the_vectors_stay_float32():
+    """Half precision would round small updates away; only what the model reads is cast."""
+    half = random_model().bfloat16()
+    prompt = SoftPrompt.text(half, random_ids(4))
+    assert prompt.vectors.dtype == torch.float32 and prompt.past_kv(half)[0][0].dtype == torch.bfloat16
+    assert prompt.nearest_tokens(half)[:, 0].tolist() == random_ids(4).tolist()
 
 
 def test_nearest_tokens_are_nearest_by_angle(model):
@@ -98,3 +110,20 @@ def test_nearest_tokens_are_nearest_by_angle(model):
 def test_a_prompt_for_another_model_is_refused(model):
     with pytest.raises(ValueError, match=r"vectors of 17 numbers, .* has n_embd 16"):
         SoftPrompt(torch.zeros(2, C + 1)).past_kv(model)
+
+
+def test_its_files_are_pefts(model, tmp_path):
+    """adapter_config.json as PEFT 0.21.2 writes it; the vectors come back bit for bit, whatever their layout was."""
+    prompt = SoftPrompt(torch.randn(C, 4, generator=torch.Generator().manual_seed(1)).T)
+    prompt.save(tmp_path / "a", model)
+    config = {
+        "auto_mapping": None, "base_model_name_or_path": "an unsaved model", "inference_mode": True, "modules_to_save": None,
+        "num_attention_heads": 2, "num_layers": 3, "num_transformer_submodules": 1, "num_virtual_tokens": 4,
+        "peft_type": "PROMPT_TUNING", "peft_version": "0.21.2", "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None,
+        "revision": None, "task_type": "CAUSAL_LM", "token_dim": 16, "tokenizer_kwargs": None, "tokenizer_name_or_path": None,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == config
+    assert_close(SoftPrompt.load(tmp_path / "a", model).vectors, prompt.vectors, rtol=0, atol=0)
+    prompt.save(tmp_path / "a")
+    unknown = {"base_model_name_or_path": None, "num_layers": None, "num_attention_heads": None}
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == config | unknown

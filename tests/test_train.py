@@ -365,6 +365,7 @@ def test_another_base_is_refused_and_both_are_named(base, tmp_path):
         ({"num_virtual_tokens": 7}, "8 rows, its adapter_config.json 7"),
         ({"num_layers": 3}, "num_layers 3"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"num_attention_heads": 3}, "num_attention_heads 3"),
         ({"num_attention_heads": 8}, "needs"),
         ({"token_dim": "128"}, "token_dim 128"),
     ],

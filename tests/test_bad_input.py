@@ -1,0 +1,245 @@
+"""What bad input gets: success, or one sentence. Never a traceback, a hang, gigabytes, or a changed file.
+
+The cases are drawn anew from a seed each time; a failure prints the case, and running its test again shows it again.
+"""
+
+import json
+import random
+import re
+import resource
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import C, H, random_ids
+from safetensors.torch import load, save
+
+import data
+import train
+from model import GPT, GPTConfig
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+
+BLOCK = 40
+NUMBERS = [0, 1, 2, 3, 7, 8, 16, 257, 2**31, 2**63 - 1, 2**64, 10**30, -1, 1.5, 1e308, float("nan"), float("inf")]
+
+
+def text(rng: random.Random) -> str:
+    """Characters of every plane of Unicode, control characters and halves of surrogate pairs among them."""
+    starts = [0, 0, 0x80, 0x2000, 0xD7F0, 0xFFF0, *range(0x10000, 0x110000, 0x10000)]
+    return "".join(chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(rng.choice([0, 1, 3, 20])))
+
+
+def anything(rng: random.Random, depth: int = 3):
+    """-> a value that JSON can hold."""
+    kind = rng.randrange(8 if depth else 6)
+    if kind == 6:
+        return [anything(rng, depth - 1) for _ in range(rng.randrange(4))]
+    if kind == 7:
+        return {text(rng): anything(rng, depth - 1) for _ in range(rng.randrange(4))}
+    return [None, True, rng.choice(NUMBERS), rng.choice(NUMBERS), text(rng), "x" * 10**5][kind]
+
+
+def damaged(rng: random.Random, content: bytes) -> bytes:
+    """Truncated, extended, a few bytes changed, a piece repeated, emptied, or left alone."""
+    a, b = sorted(rng.choices(range(len(content) + 1), k=2))
+    some = bytes(rng.choices(range(256), k=rng.choice([1, 8, 100])))
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 5])):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+    pieces = [content[:a], content + some, content[:a] + some + content[b:], content[:b] + content[a:], bytes(changed), b""]
+    return rng.choice([content, *pieces])
+
+
+def changed_tensor(rng: random.Random, content: bytes) -> bytes:
+    """A safetensors file of which one tensor has another dtype, shape, numbers or name, or is missing."""
+    tensors = load(content)
+    name = rng.choice(list(tensors))
+    tensor = tensors.pop(name)
+    dtype = rng.choice([torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool])
+    changed = [tensor.to(dtype), tensor[:-1], tensor[None], tensor.flatten(), tensor * torch.nan, tensor * 1e38, tensor[:0]]
+    new = rng.choice(changed).clone()
+    return save(tensors | rng.choice([{name: new}, {"other": tensor}, {"lm_head.weight": new, name: tensor}, {}]))
+
+
+def changed_value(rng: random.Random, content: bytes) -> bytes:
+    """A JSON object of which one value is anything, or missing."""
+    found = json.loads(content)
+    key = rng.choice(list(found))
+    new = found | {key: anything(rng)} if rng.random() < 0.8 else {k: v for k, v in found.items() if k != key}
+    return json.dumps(new).encode()
+
+
+def header(rng: random.Random, name: str) -> bytes:
+    """A file with a header of plausible and of impossible numbers."""
+    dtypes = ["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "C64", "F4", "X"]
+    tensors = {}
+    for tensor in rng.sample([name, "other", text(rng)], rng.choice([1, 1, 2])):
+        shape = [rng.choice([0, 1, 3, 4, 16, 96, 2**40, 2**63, -1]) for _ in range(rng.choice([0, 1, 2, 2, 3]))]
+        offsets = [rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]), rng.choice([0, 256, 1536, 2**40, 2**64])]
+        tensors[tensor] = {"dtype": rng.choice(dtypes), "shape": shape, "data_offsets": offsets}
+    if rng.random() < 0.5:  # one that holds together, but for its numbers
+        width, size = rng.choice([("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)])
+        rows, columns = rng.choice([(4, 16), (4, 96), (0, 96), (4, 0)])
+        tensors = {name: {"dtype": width, "shape": [rows, columns], "data_offsets": [0, size * rows * columns]}}
+        body = bytes(rng.choices([0, 60, 127, 128, 255], k=size * rows * columns))
+    else:
+        body = bytes(rng.choice([0, 256, 1536]))
+    head = json.dumps(tensors).encode()
+    return struct.pack("<Q", rng.choice([len(head)] * 9 + [2**40])) + head + body
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    """A tiny base with ten merges, and an adapter of each kind."""
+    directory = tmp_path_factory.mktemp("bad")
+    model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
+    model.save_pretrained(directory / "base")
+    data.save_tokenizer(directory / "base", data.train_bpe(["the cat sat on the mat"] * 9, 10))
+    Prefix.random(model, 4).save(directory / "prefix")
+    SoftPrompt.random(model, 4).save(directory / "soft_prompt")
+    (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    before = peak()
+    yield
+    assert peak() - before < 2**30
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def check(action, directory: Path, case) -> bool:
+    """-> whether it succeeded. Else it raised a ValueError of our own, and either way no file has changed."""
+    before, error = contents(directory), None
+    try:
+        action()
+    except BaseException as raised:
+        error = raised
+    assert error is None or type(error) is ValueError and len(str(error)) > 20, f"{error!r:.1000} for {case!r:.2000}"
+    assert contents(directory) == before, case
+    return error is None
+
+
+def check_file(places: Path, directory: str, file: str, make, use, n: int) -> None:
+    """n drawn contents of one file, each loaded and used; some succeed and some do not."""
+    rng, path = random.Random(f"{directory} {file}"), places / directory / file
+    whole, outcomes = path.read_bytes(), set()
+    try:
+        for i in range(n):
+            path.write_bytes(content := make(rng, whole) if i else whole)
+            outcomes.add(check(lambda: use(places / directory), places, content))
+    finally:
+        path.write_bytes(whole)
+    assert outcomes == {True, False}
+
+
+def use_base(directory: Path) -> None:
+    model = GPT.from_pretrained(directory).float()
+    model(torch.zeros(1, 1, dtype=torch.long))
+    model.fingerprint()
+
+
+def use_tokenizer(directory: Path) -> None:
+    tokenizer = data.load_tokenizer(directory)
+    said = "  a\n\x00é日本語🙂 <|endoftext|>"
+    assert tokenizer.decode(data.source_ids(tokenizer, said)) == said + "\n"
+
+
+def test_bad_lines_of_data(places):
+    """400 files of examples; those that are read come back from their ids as they were."""
+    rng, path, outcomes = random.Random(0), places / "bad.jsonl", set()
+    tokenizer = data.load_tokenizer(places / "base")
+
+    def use() -> None:
+        examples = data.read_jsonl(path)
+        for row, example in zip(data.encode(tokenizer, examples), examples):
+            assert tokenizer.decode(row.source) == example.input + "\n" and tokenizer.decode(row.target[:-1]) == example.target
+
+    for _ in range(400):
+        lines = [json.dumps({"input": text(rng), "target": text(rng)}, ensure_ascii=rng.random() < 0.5) for _ in range(3)]
+        content = [line.encode(errors="surrogatepass") for line in lines]
+        content[1] = rng.choice([content[1], json.dumps(anything(rng)).encode(), changed_value(rng, content[1])])
+        path.write_bytes(rng.choice([b"\n".join(content), damaged(rng, b"\n".join(content))]))
+        outcomes.add(check(use, places, path.read_bytes()))
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["prefix", "soft_prompt"])
+def test_bad_adapters(places, kind):
+    model = GPT.from_pretrained(places / "base")
+
+    def use(directory: Path) -> None:
+        model(random_ids(1, 3), train.load_adapters(str(directory), model)[0].past_kv(model))
+
+    check_file(places, kind, "adapter_config.json", changed_value, use, 100)
+    check_file(places, kind, "adapter_config.json", damaged, use, 50)
+    check_file(places, kind, "adapter_model.safetensors", damaged, use, 50)
+    check_file(places, kind, "adapter_model.safetensors", changed_tensor, use, 50)
+    check_file(places, kind, "adapter_model.safetensors", lambda rng, _: header(rng, "prompt_embeddings"), use, 100)
+
+
+def test_bad_bases(places):
+    check_file(places, "base", "config.json", changed_value, use_base, 50)
+    check_file(places, "base", "config.json", damaged, use_base, 30)
+    check_file(places, "base", "model.safetensors", damaged, use_base, 30)
+    check_file(places, "base", "model.safetensors", changed_tensor, use_base, 60)
+
+
+def test_bad_tokenizers(places):
+    check_file(places, "base", "vocab.json", changed_value, use_tokenizer, 100)
+    check_file(places, "base", "vocab.json", damaged, use_tokenizer, 50)
+    check_file(places, "base", "merges.txt", damaged, use_tokenizer, 50)
+
+
+def flags(capsys) -> list[str]:
+    """-> all that the command line knows, but what sets the size of a run or names a file to write."""
+    with pytest.raises(SystemExit, match="0"):
+        train.parse(["--help"])
+    found = set(re.findall(r"--[a-z]+[a-z-]*", capsys.readouterr().out))
+    return sorted(found - {"--help", "--steps", "--batch-size", "--out", "--predict"})
+
+
+def exits(action) -> None:
+    """What argparse refuses, with exit status 2 and a sentence of its own, is refused like anything else."""
+    try:
+        action()
+    except SystemExit as error:
+        assert error.code == 2
+        raise ValueError("argparse has printed the sentence") from None
+
+
+def test_bad_flags(places, capsys):
+    """400 command lines of flags with a value, several or none."""
+    rng, names, outcomes = random.Random(0), flags(capsys), set()
+    words = ["1", "0", "-1", "8", "1e-3", "nan", "1e999", "9" * 30, "text", "zero", "prefix", "both", "full", "none", "chat", ""]
+    for _ in range(400):
+        argv = []
+        for name in rng.sample(names, rng.randrange(1, 6)):
+            argv += [name, *rng.choices([*words, text(rng)], k=rng.choice([0, 1, 1, 1, 1, 2]))]
+        outcomes.add(check(lambda: exits(lambda: train.parse(argv)), places, argv))
+    assert outcomes == {True, False}
+
+
+def test_bad_runs(places, tmp_path, monkeypatch, capsys):
+    """100 runs of one step with files, numbers and texts in the wrong places."""
+    rng, names, outcomes = random.Random(0), flags(capsys), set()
+    monkeypatch.chdir(tmp_path)
+    files = [str(places / name) for name in ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")]
+    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "both", "soft_prompt", "full", "none", "chat", "cpu", *files]
+    for _ in range(100):
+        argv = ["--base", files[0], "--data", files[1], "--steps", "1", "--batch-size", "2", "--out", "out"]
+        argv += [rng.choice(names), rng.choice([*words, text(rng)])]
+        prompt = ["--prompt", text(rng)]
+        argv += rng.choice([[], ["--init-text", text(rng)], prompt, [*prompt, "--adapter", rng.choice(files)]])
+        outcomes.add(check(lambda: exits(lambda: train.main(argv)), places, argv))
+    assert outcomes == {True, False}
