@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import KVCache, data, figure, finish, kept_for_backward, markdown, rows_of, train, write_json
+from common import KVCache, data, figure, finish, kept_for_backward, markdown, rows_of, spread, train, write_json
 
 NAMES = {
     "none": "frozen base",
@@ -219,12 +219,6 @@ def cost_table(found: dict[str, dict]) -> str:
         row += [f"{c['prefill']:.2f}" if c["context"] else "–", f"{c['token']:.2f}, {c['token'] / found['none']['token']:.2f} ×"]
         rows.append(row)
     return markdown(header, rows)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """-> the mean, and the range where there is one."""
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f}" + (f" [{low}–{high}]" if low != high else "")
 
 
 def quality_table(chosen: dict[str, dict[str, list[dict]]], ensembles: dict[tuple[str, str], float]) -> str:
