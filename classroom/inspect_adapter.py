@@ -72,7 +72,7 @@ def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
             found["vector_norms"], found["embedding_norm"] = lengths.tolist(), embedding.item()
             print(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
             for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
-                print(f"vector {vector} is nearest to {', '.join(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab)}")
+                print(f"vector {vector} is nearest to", *(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab))
 
     print("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
     found["losses"] = {}
@@ -80,7 +80,8 @@ def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
         others = data.encode(tokenizer, data.task_examples(other, "test", 50, 0))
         data.check_lengths(others, model.config.block_size - P)
         found["losses"][other] = [train.evaluate(model, on, others, args.batch_size)[0] for on in ([], adapters)]
-    print(markdown(["task", "adapter off", "adapter on"], [[name, *map("{:.3f}".format, pair)] for name, pair in found["losses"].items()]))
+    lines = [[name, f"{off:.3f}", f"{on:.3f}"] for name, (off, on) in found["losses"].items()]
+    print(markdown(["task", "adapter off", "adapter on"], lines))
 
     def draw(axes) -> None:
         image = axes[0][0].imshow(100 * share, vmin=0, vmax=100)
