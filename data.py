@@ -56,7 +56,8 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     check_replaceable(directory)
     new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
+    for left_over in (new, old):  # by a process that died while saving
+        shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
