@@ -3,7 +3,7 @@
     python classroom/inspect_adapter.py out/sentence/prefix                        on the test data of --task sentence
     python classroom/inspect_adapter.py out/mine/prefix --base gpt2 --data mine.jsonl
 
-With matplotlib it also draws inspect.png: the share of attention that the text pays to the virtual tokens, by layer and head.
+With matplotlib it draws attention by layer and head, lengths and losses into a figure beside the adapter.
 """
 
 import argparse
@@ -87,8 +87,21 @@ def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
         image = axes[0][0].imshow(100 * share, vmin=0, vmax=100)
         axes[0][0].set(title="attention to virtual tokens, %", xlabel="head", ylabel="layer")
         axes[0][0].figure.colorbar(image)
+        axes[0][0].locator_params(integer=True)
+        for part, name in enumerate(("keys", "values")):
+            axes[0][1].plot([pair[part] for pair in virtual], f"C{part}-", label=f"virtual {name}")
+            axes[0][1].plot([pair[part] for pair in real], f"C{part}:", label=f"the text's {name}")
+        axes[0][1].set(title="length", xlabel="layer", ylim=0)
+        axes[0][1].locator_params(axis="x", integer=True)
+        axes[0][1].legend()
+        for bar, name in enumerate(("off", "on")):
+            heights = [pair[bar] for pair in found["losses"].values()]
+            axes[0][2].barh([y - 0.4 * bar for y in range(len(heights))], heights, height=0.4, label=f"adapter {name}")
+        axes[0][2].set(title="loss on other texts", yticks=range(len(heights)), yticklabels=found["losses"])
+        axes[0][2].legend()
 
-    figure(Path(directory) / ".." / f"{Path(directory).name}-inspect.png", draw, columns=1)
+    whole = Path(directory).resolve()
+    figure(whole.with_name(f"{whole.name}-inspect.png"), draw, columns=3)
     return found
 
 
