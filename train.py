@@ -54,10 +54,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "prefix": Recipe((Prefix,), 8, 1e-1, 150),
+    "prefix": Recipe((Prefix,), 8, 3e-1, 150),
     "soft_prompt": Recipe((SoftPrompt,), 6, 1e-1, 150),
-    "both": Recipe((Prefix, SoftPrompt), 4, 1e-1, 150),
-    "full": Recipe((), 0, 5e-4, 150),
+    "both": Recipe((Prefix, SoftPrompt), 4, 3e-1, 150),
+    "full": Recipe((), 0, 1.5e-3, 150),
     "none": Recipe((), 0, 0.0, 0),
     "pretrain": Recipe((), 0, 2e-2, 350),
 }

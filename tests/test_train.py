@@ -309,7 +309,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="stopped after step 2: add --resume to go on, or delete it"):
         run(base, out=tmp_path / "out", steps=7)
     for flags, message in [
-        (["--lr", "0.5"], "lr 0.1, not 0.5"),
+        (["--lr", "0.5"], "lr 0.3, not 0.5"),
         (["--seed", "1"], "seed 0, not 1"),
         (["--task", "chat"], "examples .*, not .*"),
         (["--n-virtual", "2"], "n_virtual 8, not 2"),
