@@ -9,7 +9,7 @@ from conftest import BLOCK, C, D, H, V, random_ids, random_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from model import GPT, GPTConfig, causal_mask
+from model import GPT, GPTConfig, attend, causal_mask, linear
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
@@ -62,6 +62,42 @@ def test_attention_equals_a_softmax_written_out(model):
 def test_the_mask_lets_a_query_see_the_past_and_itself():
     """Three queries behind a past of two: the triangle touches the lower right corner."""
     assert causal_mask(3, 5, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_attention_in_bfloat16_is_the_same_attention(n):
+    """What is written out for a CPU equals the fused kernel in float64, to bfloat16's 8 bits, gradients included."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(2, H, length, D, generator=generator).bfloat16() for length in (n, 5, 5)]  # n queries, 5 keys and values
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        parts = [part.to(dtype, copy=True).requires_grad_() for part in qkv]
+        y = attend(*parts)
+        y.square().sum().backward()
+        results.append([y.detach().double(), *(part.grad.double() for part in parts)])
+    for got, expected in zip(*results):
+        assert_close(got, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_one_row_is_multiplied_as_many_are(model):
+    """The matrix-vector product that a single row takes is x Wᵀ + b as well, in value, shape and gradient."""
+    x = torch.randn(1, 1, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = model.h[0].mlp.c_fc.weight
+    for bias in (model.h[0].mlp.c_fc.bias, None):
+        one, two = linear(x, weight, bias), linear(x.expand(1, 2, C), weight, bias)
+        assert_close(one, two[:, :1])
+        (gradient,), (expected,) = (torch.autograd.grad(y[:, 0].square().sum(), x) for y in (one, two))
+        assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("last", [1, 3, 5])
+def test_asking_for_the_last_positions_changes_no_number(model, last):
+    """The last block may skip the others' queries, for no position after it reads them; their keys are all there."""
+    x, past = model.wte(random_ids(2, 5)), model(random_ids(1, 4))[1]
+    whole, whole_cache = model.forward_embeddings(x, past)
+    hidden, cache = model.forward_embeddings(x, past, last=last)
+    assert_close(hidden, whole[:, -last:])
+    assert_close(cache, whole_cache)
 
 
 def test_new_tokens_stand_behind_the_past(model):
