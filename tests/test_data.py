@@ -204,6 +204,17 @@ def test_broken_tokenizer_files_are_refused(tmp_path, file, content):
         data.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("end", [None, 0, 258, "258", []])
+def test_the_end_of_text_is_the_last_token(tmp_path, end):
+    data.save_tokenizer(tmp_path, [(b"a", b"b")])
+    path = tmp_path / "vocab.json"
+    vocab = json.loads(path.read_text(encoding="utf-8"))
+    assert vocab.pop("<|endoftext|>") == 257
+    path.write_text(json.dumps(vocab | ({"<|endoftext|>": end} if end is not None else {})))
+    with pytest.raises(ValueError, match="not the two files of one GPT-2 tokenizer"):
+        data.load_tokenizer(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------------------- batches
 
 

@@ -172,6 +172,9 @@ def test_a_row_that_has_stopped_is_filled_with_the_stop_token(model):
         width = got.size(1) - 3
         assert row[3:] == (new[:end] + [stop] * 12)[:width]
     assert got.size(1) == 3 + max(ends)
+    alone = model.generate(idx[:1], 12)[0].tolist()
+    stopped = model.generate(idx[:1], 12, stop_token=alone[5])[0].tolist()
+    assert stopped == alone[: 3 + alone[3:].index(alone[5]) + 1]
 
 
 def test_the_context_may_be_filled_to_its_last_position(model):
@@ -185,10 +188,10 @@ def test_sampling_follows_the_softmax(model):
     """Frequencies of 4,000 draws lie within five standard errors of softmax(logits / temperature); top-k cuts the rest."""
     idx = random_ids(1, 4).repeat(4000, 1)
     logits = model(idx[:1])[0][0, -1]
-    for top_k in (None, 3):
+    for top_k in (None, 3, V + 1):
         generator = torch.Generator().manual_seed(0)
         drawn = model.generate(idx, 1, temperature=2.0, top_k=top_k, generator=generator)[:, -1]
-        allowed = logits if top_k is None else logits.masked_fill(logits < logits.topk(3).values[-1], -math.inf)
+        allowed = logits if top_k != 3 else logits.masked_fill(logits < logits.topk(3).values[-1], -math.inf)
         p = torch.softmax(allowed / 2.0, dim=0)
         frequency = torch.bincount(drawn, minlength=V) / 4000
         assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-12).all()
@@ -214,7 +217,10 @@ def test_a_saved_model_comes_back_bit_for_bit(model, tmp_path, dtype):
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
-    print_of_base = model.float().fingerprint()
+    """Every dtype is rounded by the same steps: from float64 at once, this one number would round up."""
+    model.wte.weight.data[0, 0] = 1 + 2**-8 + 2**-40
+    print_of_base = model.fingerprint()
+    assert model.float().fingerprint() == print_of_base
     assert model.bfloat16().fingerprint() == print_of_base
     model.h[1].mlp.c_fc.bias.data[3] += 0.1
     assert model.fingerprint() != print_of_base
