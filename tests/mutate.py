@@ -312,11 +312,11 @@ class Jury:
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef, request):
         """What a shared fixture made in the traced run serves again, in a copy, unless the break lies in its making."""
-        value = self.tracer.values.get(fixturedef.argname)
-        if isinstance(value, (str, Path)) and not self.notices(fixturedef.argname):
-            old, new = Path(value).parent, self.directory / f"shared-{fixturedef.argname}"
-            shutil.copytree(old, new)
-            value = type(value)(new / Path(value).name)
+        value, traced = self.tracer.values.get(fixturedef.argname), self.directory.parent / "traced"
+        if isinstance(value, (str, Path)) and Path(value).is_relative_to(traced) and not self.notices(fixturedef.argname):
+            place = Path(value).relative_to(traced)
+            shutil.copytree(traced / place.parts[0], self.directory / place.parts[0], dirs_exist_ok=True)
+            value = type(value)(self.directory / place)
             fixturedef.cached_result = (value, fixturedef.cache_key(request), None)
             return value
 
