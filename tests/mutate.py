@@ -157,13 +157,15 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def is_silent(node: ast.AST, parent: ast.AST) -> bool:
-    """What is said, not done (docstrings, messages), imports, and the order of what has none."""
-    match node:
-        case ast.Expr(ast.Constant(str())) | ast.Call(ast.Name("print")) | ast.Import() | ast.ImportFrom():
+    """What is said, not done (docstrings, messages), annotations, imports, and the order of what has none."""
+    match parent, node:
+        case ast.Raise(), _:
             return True
-        case ast.Tuple():
-            return isinstance(parent, (ast.ExceptHandler, ast.Compare))
-    return isinstance(parent, ast.Raise)
+        case _, ast.Expr(ast.Constant(str())) | ast.Call(ast.Name("print")) | ast.Import() | ast.ImportFrom():
+            return True
+        case ast.ExceptHandler() | ast.Compare(), ast.Tuple():
+            return True
+    return node in (getattr(parent, "annotation", None), getattr(parent, "returns", None))
 
 
 class Break(NamedTuple):
@@ -176,10 +178,8 @@ class Break(NamedTuple):
 
 
 def breaks(file: str, node: ast.AST, statement: ast.stmt | None = None, lines: set[int] | None = None) -> Iterator[Break]:
-    """The breaks below a node of a file's tree; none in what it says or in annotations."""
+    """The breaks below a node of a file's tree."""
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns"):
-            continue
         for place, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or is_silent(child, node):
                 continue
@@ -206,8 +206,6 @@ def breaks(file: str, node: ast.AST, statement: ast.stmt | None = None, lines: s
                     new = "" if before[i + 1 :] == after[i:] else after[i]
                     line, make = getattr(child, "lineno", inner.lineno), lambda put=put, variant=variant: put(variant)
                     yield Break(file, line, inner_lines, before[i], new, make)
-            if isinstance(child, ast.Lambda):
-                inner_lines = set(range(child.lineno, child.end_lineno + 1))
             yield from breaks(file, child, inner, inner_lines)
 
 

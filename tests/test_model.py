@@ -264,6 +264,14 @@ def test_the_start_is_gpt2s():
             assert (p == float(name.endswith("weight"))).all(), name
 
 
+def test_the_weights_are_stored_as_hugging_faces_gpt2_does(model, tmp_path):
+    """Under its names, and the matrices of a block as (in, out), which is nn.Linear's transposed."""
+    model.save_pretrained(tmp_path / "base")
+    linear = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+    expected = {f"transformer.{name}": t.T if name.endswith(linear) else t for name, t in model.state_dict().items()}
+    assert_close(load_file(tmp_path / "base" / "model.safetensors"), expected, rtol=0, atol=0)
+
+
 def test_config_json_is_that_of_hugging_faces_gpt2(model, tmp_path):
     """Where it names no epsilon, it is GPT-2's. The default sizes are the small base's; none changes under a model."""
     model.save_pretrained(tmp_path / "base")
