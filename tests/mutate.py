@@ -67,6 +67,7 @@ EQUIVALENT = [
     ("to(self.vectors.dtype), dim=1)", "to(self.vectors.dtype))", "the default, spelled out"),
     ("topk(k, dim=1)", "topk(k)", "the default, spelled out"),
     (", encoding='utf-8')", ")", "the default where the tests run"),
+    ("(encoding='utf-8')", "()", "the default where the tests run"),
     (".cpu()", "", "the tests run on a CPU"),
     ("drawn.to(ids.device)", "drawn", "the tests run on a CPU"),
 ]

@@ -86,6 +86,11 @@ def test_a_document_is_a_source_and_one_or_three_of_its_forms():
     rng = random.Random(0)
     lengths = Counter(data.random_document(rng).count("\n") for _ in range(400))
     assert set(lengths) == {1, 3} and 50 < lengths[1] < 150
+    for seed in range(40):
+        record = data.random_record(random.Random(seed), "train")
+        source, *rest = data.random_document(random.Random(seed)).split("\n")
+        (form,) = (form for form in data.DOCUMENTS if data.FORMS[form](record) == source)
+        assert len(set(rest)) == len(rest) and set(rest) <= {data.FORMS[name](record) for name in data.DOCUMENTS[form]}
 
 
 def test_task_examples_depend_on_seed_and_split_alone():
