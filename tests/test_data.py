@@ -237,6 +237,7 @@ def test_source_and_target_tokenize_at_generation_as_in_training(tokenizer_dir):
 def test_a_batch_scores_the_target_and_its_end_and_nothing_else():
     """Position t predicts token t + 1; rows are padded on the right."""
     batch = data.batch_of([data.Row([5, 6, 7], [8, 9]), data.Row([4], [3])], torch.device("cpu"))
+    assert {tensor.device.type for tensor in data.batch_of([data.Row([4], [3])], torch.device("meta"))} == {"meta"}
     assert batch.idx.tolist() == [[5, 6, 7, 8], [4, 0, 0, 0]]
     assert batch.targets.tolist() == [[IGNORE, IGNORE, 8, 9], [3, IGNORE, IGNORE, IGNORE]]
 
