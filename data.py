@@ -214,7 +214,7 @@ def load_tokenizer(name_or_dir: str | Path) -> tiktoken.Encoding:
         if read_json(vocab)[END_OF_TEXT] != len(ranks):
             raise ValueError
         return build_tokenizer(ranks)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (AssertionError, AttributeError, KeyError, ValueError):
         raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None
 
 
