@@ -56,7 +56,8 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     check_replaceable(directory)
     new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
+    for left_over in (new, old):  # by a process that died while saving
+        shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
@@ -213,7 +214,7 @@ def load_tokenizer(name_or_dir: str | Path) -> tiktoken.Encoding:
         if read_json(vocab)[END_OF_TEXT] != len(ranks):
             raise ValueError
         return build_tokenizer(ranks)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (AssertionError, AttributeError, KeyError, ValueError):
         raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None
 
 

@@ -115,9 +115,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, last: int):
         """(B, T, C) -> (B, last, C), for the last positions, and the (keys, values) of all, (B, H, S, D) each."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if past is not None:
             k, v = extend(past[0], k, n_past), extend(past[1], v, n_past)  # (B, H, S, D)
+            q = q.contiguous()  # else autograd would keep, with q, the k and v just copied
         y = attend(q[:, :, T - last :], k, v)  # (B, H, last, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, last, C)), (k, v)
 
@@ -246,7 +247,7 @@ class GPT(nn.Module):
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
             idx = torch.cat([idx, token], dim=1)
-            if done.all() or step == max_new_tokens - 1:
+            if step == max_new_tokens - 1 or (stop_token is not None and done.all()):
                 break
             hidden, _ = self._forward(self.wte(token), buffers, n_past + step, last=1)
         return idx

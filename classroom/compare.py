@@ -179,8 +179,9 @@ def costs(flags: list[str], chosen: dict[str, dict]) -> dict[str, dict]:
             loss().backward()
             optimizer.step()
 
-        found[method] = {"trained": n_trained, "stored": n_stored, "share": 100 * n_stored / sum(p.numel() for p in model.parameters())}
-        found[method] |= {"context": n_past, "gradients": 4 * n_trained, "optimizer": 8 * n_trained}
+        n_base = sum(p.numel() for p in model.parameters())
+        found[method] = {"trained": n_trained, "stored": n_stored, "share": 100 * n_stored / n_base, "context": n_past}
+        found[method] |= {"gradients": 4 * n_trained, "optimizer": 8 * n_trained}  # float32; AdamW keeps two averages
         found[method]["activations"] = kept_for_backward(model, loss) if trained else 0
         if trained:
             files = Path(chosen[method]["out"]).rglob("*model.safetensors")
@@ -205,8 +206,8 @@ def size(n_bytes: float) -> str:
 
 
 def cost_table(found: dict[str, dict]) -> str:
-    header = ["method", "numbers trained", "stored", "share of the base", "on disk", "context used", "kept for backward", "gradients"]
-    header += ["optimizer", "ms a step", "of full", "ms to fill its cache", "ms a token, against none"]
+    header = ["method", "numbers trained", "stored", "share of the base", "on disk", "context used", "kept for backward"]
+    header += ["gradients", "optimizer", "ms a step", "of full", "ms to fill its cache", "ms a token, against none"]
     rows = []
     for method, c in found.items():
         row = [NAMES[method]]
@@ -225,15 +226,15 @@ def quality_table(chosen: dict[str, dict[str, list[dict]]], ensembles: dict[tupl
     rows = []
     for task, methods in chosen.items():
         any_method = next(iter(methods.values()))
-        frozen = [spread([r[key] for r in any_method], digits) for key, digits in (("loss_frozen", 3), ("exact_match_frozen", 1))]
+        frozen = [spread([r["loss_frozen"] for r in any_method], 3), spread([r["exact_match_frozen"] for r in any_method], 1)]
         rows.append([task, NAMES["none"], "–", "–", *frozen, "–"])
         for method, records in methods.items():
             gains = [steps_to_gain(record) for record in records]
             row = [task, NAMES[method], f"{records[0]['lr']:.2g}", "–" if None in gains else f"{statistics.median(gains):.0f}"]
             row += [spread([r["loss"] for r in records], 3), spread([r["exact_match"] for r in records], 1)]
             rows.append([*row, f"{ensembles[task, method]:.1f}" if (task, method) in ensembles else "–"])
-    header = ["task", "method", "learning rate", "steps to 90 % of the gain", "test loss", "exact match %", "ensemble of the seeds %"]
-    return markdown(header, rows)
+    header = ["task", "method", "learning rate", "steps to 90 % of the gain", "test loss", "exact match %"]
+    return markdown([*header, "ensemble of the seeds %"], rows)
 
 
 def draw_curves(axes, chosen: dict[str, dict[str, list[dict]]]) -> None:

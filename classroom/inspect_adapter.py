@@ -3,7 +3,7 @@
     python classroom/inspect_adapter.py out/sentence/prefix                        on the test data of --task sentence
     python classroom/inspect_adapter.py out/mine/prefix --base gpt2 --data mine.jsonl
 
-With matplotlib it also draws inspect.png: the share of attention that the text pays to the virtual tokens, by layer and head.
+With matplotlib it draws attention by layer and head, lengths and losses into a figure beside the adapter.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
             found["vector_norms"], found["embedding_norm"] = lengths.tolist(), embedding.item()
             print(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
             for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
-                print(f"vector {vector} is nearest to {', '.join(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab)}")
+                print(f"vector {vector} is nearest to", *(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab))
 
     print("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
     found["losses"] = {}
@@ -80,14 +80,28 @@ def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
         others = data.encode(tokenizer, data.task_examples(other, "test", 50, 0))
         data.check_lengths(others, model.config.block_size - P)
         found["losses"][other] = [train.evaluate(model, on, others, args.batch_size)[0] for on in ([], adapters)]
-    print(markdown(["task", "adapter off", "adapter on"], [[name, *map("{:.3f}".format, pair)] for name, pair in found["losses"].items()]))
+    lines = [[name, f"{off:.3f}", f"{on:.3f}"] for name, (off, on) in found["losses"].items()]
+    print(markdown(["task", "adapter off", "adapter on"], lines))
 
     def draw(axes) -> None:
         image = axes[0][0].imshow(100 * share, vmin=0, vmax=100)
         axes[0][0].set(title="attention to virtual tokens, %", xlabel="head", ylabel="layer")
         axes[0][0].figure.colorbar(image)
+        axes[0][0].locator_params(integer=True)
+        for part, name in enumerate(("keys", "values")):
+            axes[0][1].plot([pair[part] for pair in virtual], f"C{part}-", label=f"virtual {name}")
+            axes[0][1].plot([pair[part] for pair in real], f"C{part}:", label=f"the text's {name}")
+        axes[0][1].set(title="length", xlabel="layer", ylim=0)
+        axes[0][1].locator_params(axis="x", integer=True)
+        axes[0][1].legend()
+        for bar, name in enumerate(("off", "on")):
+            heights = [pair[bar] for pair in found["losses"].values()]
+            axes[0][2].barh([y - 0.4 * bar for y in range(len(heights))], heights, height=0.4, label=f"adapter {name}")
+        axes[0][2].set(title="loss on other texts", yticks=range(len(heights)), yticklabels=found["losses"])
+        axes[0][2].legend()
 
-    figure(Path(directory) / ".." / f"{Path(directory).name}-inspect.png", draw, columns=1)
+    whole = Path(directory).resolve()
+    figure(whole.with_name(f"{whole.name}-inspect.png"), draw, columns=3)
     return found
 
 

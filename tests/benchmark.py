@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows products with one row: PEFT's generation, not ours
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402  isort: skip  (first, for it has something to set before torch is loaded)
@@ -73,6 +75,7 @@ def theirs(directory: Path, method: str, adapter: nn.Module | None = None, P: in
     import peft
     import transformers
 
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     base = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype="auto").to(DEVICE).eval()
@@ -140,8 +143,11 @@ def floor(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[]
 # --------------------------------------------------------------------------------------------------- how it is measured
 
 
-def seconds(contestants: dict[str, Callable[[], object]], turns: int = 15) -> dict[str, float]:
-    """-> the median time of each, after two turns to warm up. They take turns, so that a slow moment meets them all."""
+def seconds(contestants: dict[object, Callable[[], object]], turns: int = 15) -> tuple[dict[object, float], float]:
+    """-> the median time of each, and how far the quartiles of the first lie apart, as a share of it.
+
+    After two turns to warm up. They take turns, so that a slow moment of the machine meets them all.
+    """
     times = {name: [] for name in contestants}
     for _ in range(2 + turns):
         for name, run in contestants.items():
@@ -150,7 +156,8 @@ def seconds(contestants: dict[str, Callable[[], object]], turns: int = 15) -> di
             run()
             synchronize()
             times[name].append(time.perf_counter() - begin)
-    return {name: median(taken[2:]) for name, taken in times.items()}
+    low, middle, high = quantiles(next(iter(times.values()))[2:], n=4)
+    return {name: median(taken[2:]) for name, taken in times.items()}, (high - low) / middle
 
 
 def synchronize() -> None:
@@ -226,15 +233,20 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
         contestants["here", dtype] = step(adapter, losses[dtype][0][1])
         contestants["peft", dtype] = step(peer, losses[dtype][1][1])
         contestants["floor", dtype] = floor(shapes, dtype)
-    whole = GPT.from_pretrained(base_directory(root, size, FLOAT32)).to(DEVICE)
-    contestants["full"] = step(whole, our_loss(whole, [], rows))
-    taken = seconds(contestants)
+    if P == 20:
+        whole = GPT.from_pretrained(base_directory(root, size, FLOAT32)).to(DEVICE)
+        contestants["full", FLOAT32] = step(whole, our_loss(whole, [], rows))
+    taken, spread = seconds(contestants)
     for dtype in losses:
         name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
         here, floor_seconds = taken["here", dtype], taken["floor", dtype]
-        more = {"tokens/s": B * (SOURCE + TARGET) / here}
-        more["share of peak"] = sum(4 * n * i * o for n, i, o in shapes) / here / peak_flops[dtype]
-        more |= {"/full": here / taken["full"]} if dtype == FLOAT32 else {"/float32": here / taken["here", FLOAT32]}
+        operations = sum(4 * n * i * o for n, i, o in shapes)  # a product and a sum, forward and backward
+        more = {"tokens/s": B * (SOURCE + TARGET) / here, "share of peak": operations / here / peak_flops[dtype]}
+        if dtype == BFLOAT16:
+            more["/float32"] = here / taken["here", FLOAT32]
+        elif P == 20:
+            more["/full"] = here / taken["full", FLOAT32]
+        more["spread"] = spread
         table.add(f"{name} step", "ms", 1e3 * here, 1e3 * taken["peft", dtype], 1e3 * floor_seconds, **more)
         table.add(f"{name} kept for backward", "MB", *(kept(*side) for side in losses[dtype]))
         if P == 20:
@@ -251,10 +263,10 @@ def compare_generation(table: Table, root: Path, size: str, P: int) -> None:
         own = {dtype: lambda m=m, a=a: m.generate(idx, NEW, a.past_kv(m)) for dtype, (m, a) in models.items()}
         their = lambda: peer.generate(input_ids=idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW, do_sample=False)  # noqa: E731
         assert own[FLOAT32]().shape == their().shape == (B, SOURCE + NEW)
-        taken = seconds(own | {"peft": their}, turns=15 if size == "small" or CUDA else 5)
+        taken, spread = seconds(own | {"peft": their})
         for dtype in own:
             name = f"{size} prefix P={P} {str(dtype).removeprefix('torch.')} generation, {B} rows"
-            table.add(name, "tokens/s", B * NEW / taken[dtype], B * NEW / taken["peft"])
+            table.add(name, "tokens/s", B * NEW / taken[dtype], B * NEW / taken["peft"], spread=spread)
 
 
 def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
@@ -270,9 +282,9 @@ def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
         model, adapter = ours(base_directory(root, at["size"], FLOAT32), "prefix", at["P"])
         loss_of = our_loss(model, [adapter], random_rows(at["size"], at["B"], at["T"]))
         shapes = products(at["size"], "prefix", at["P"], at["B"], at["T"])
-        taken = seconds({"here": step(adapter, loss_of), "floor": floor(shapes, FLOAT32)}, turns=5)
+        taken, spread = seconds({"here": step(adapter, loss_of), "floor": floor(shapes, FLOAT32)}, turns=5)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
-        place = {"axis": axis, "x": x, "kept_mb": kept(model, loss_of)}
+        place = {"axis": axis, "x": x, "kept_mb": kept(model, loss_of), "spread": spread}
         table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(["--method", "pretrain", "--steps", "40", "--out", str(root / "pretrained")])
@@ -302,7 +314,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
     """-> the operations a second of a large square matrix product, the measure of what a step could reach."""
     n = 8192 if CUDA else 2048
     a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
-    return 2 * n**3 / seconds({"product": lambda: a @ b})["product"]
+    return 2 * n**3 / seconds({"product": lambda: a @ b})[0]["product"]
 
 
 def main() -> None:

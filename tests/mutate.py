@@ -45,6 +45,15 @@ EQUIVALENT = [
     ("promote_types(start.dtype, torch.float32)", "promote_types(torch.float32, start.dtype)", "the order does not matter"),
     ("for n in (L, H, C)", "for n in (H, L, C)", "the order of conditions that must all hold does not matter"),
     ("(torch.float64, torch.float32,", "(torch.float32, torch.float64,", "the order does not matter"),
+    ("equal(head, weights['wte.weight'])", "equal(weights['wte.weight'], head)", "the order does not matter"),
+    ("('.attn.bias', '.attn.masked_bias')", "('.attn.masked_bias', '.attn.bias')", "the order does not matter"),
+    ("min(top_k, logits.size(-1))", "min(logits.size(-1), top_k)", "the order does not matter"),
+    ("transpose(0, -1)", "transpose(-1, 0)", "the order does not matter"),
+    ("transpose(0, -1)", "transpose(0, 1)", "one axis of two, counted from the other end; a matrix of three is refused anyway"),
+    ("logits.size(-1)", "logits.size(1)", "the same axis, counted from the other end"),
+    ("argmax(dim=-1, keepdim", "argmax(dim=1, keepdim", "the same axis, counted from the other end"),
+    ("/ temperature, dim=-1)", "/ temperature, dim=1)", "the same axis, counted from the other end"),
+    ("/ temperature, dim=-1)", "/ temperature)", "the same axis, with a warning"),
     ("where[best].copy()", "where[best]", "what is added on the way is in the set already"),
     ("[0][0].size", "[0][1].size", "keys and values have one shape"),
     ("n_past:S]", "n_past:S + 1]", "the next token overwrites the position behind before it is read"),
@@ -53,10 +62,12 @@ EQUIVALENT = [
     ("if T > 1 else None", "if T >= 1 else None", "a mask that hides nothing; having none is faster"),
     ("causal_mask(T, S, x.device) if T > 1 else None", "causal_mask(T, S, x.device)", "as above"),
     ("@torch.no_grad()", "", "what it saves is memory"),
+    ("with torch.device('meta'):", "if True:", "what it saves is memory"),
     ("F.normalize(self.vectors, dim=1)", "F.normalize(self.vectors)", "the default, spelled out"),
     ("to(self.vectors.dtype), dim=1)", "to(self.vectors.dtype))", "the default, spelled out"),
     ("topk(k, dim=1)", "topk(k)", "the default, spelled out"),
     (", encoding='utf-8')", ")", "the default where the tests run"),
+    ("(encoding='utf-8')", "()", "the default where the tests run"),
     (".cpu()", "", "the tests run on a CPU"),
     ("drawn.to(ids.device)", "drawn", "the tests run on a CPU"),
 ]
@@ -147,13 +158,15 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def is_silent(node: ast.AST, parent: ast.AST) -> bool:
-    """What is said, not done (docstrings, messages), imports, and the order of what has none."""
-    match node:
-        case ast.Expr(ast.Constant(str())) | ast.Call(ast.Name("print")) | ast.Import() | ast.ImportFrom():
+    """What is said, not done (docstrings, messages), annotations, imports, and the order of what has none."""
+    match parent, node:
+        case ast.Raise(), _:
             return True
-        case ast.Tuple():
-            return isinstance(parent, (ast.ExceptHandler, ast.Compare))
-    return isinstance(parent, ast.Raise)
+        case _, ast.Expr(ast.Constant(str())) | ast.Call(ast.Name("print")) | ast.Import() | ast.ImportFrom():
+            return True
+        case ast.ExceptHandler() | ast.Compare(), ast.Tuple():
+            return True
+    return node in (getattr(parent, "annotation", None), getattr(parent, "returns", None))
 
 
 class Break(NamedTuple):
@@ -166,10 +179,8 @@ class Break(NamedTuple):
 
 
 def breaks(file: str, node: ast.AST, statement: ast.stmt | None = None, lines: set[int] | None = None) -> Iterator[Break]:
-    """The breaks below a node of a file's tree; none in what it says or in annotations."""
+    """The breaks below a node of a file's tree."""
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns"):
-            continue
         for place, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or is_silent(child, node):
                 continue
@@ -196,8 +207,6 @@ def breaks(file: str, node: ast.AST, statement: ast.stmt | None = None, lines: s
                     new = "" if before[i + 1 :] == after[i:] else after[i]
                     line, make = getattr(child, "lineno", inner.lineno), lambda put=put, variant=variant: put(variant)
                     yield Break(file, line, inner_lines, before[i], new, make)
-            if isinstance(child, ast.Lambda):
-                inner_lines = set(range(child.lineno, child.end_lineno + 1))
             yield from breaks(file, child, inner, inner_lines)
 
 
@@ -302,11 +311,11 @@ class Jury:
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef, request):
         """What a shared fixture made in the traced run serves again, in a copy, unless the break lies in its making."""
-        value = self.tracer.values.get(fixturedef.argname)
-        if isinstance(value, (str, Path)) and not self.notices(fixturedef.argname):
-            old, new = Path(value).parent, self.directory / f"shared-{fixturedef.argname}"
-            shutil.copytree(old, new)
-            value = type(value)(new / Path(value).name)
+        value, traced = self.tracer.values.get(fixturedef.argname), self.directory.parent / "traced"
+        if isinstance(value, (str, Path)) and Path(value).is_relative_to(traced) and not self.notices(fixturedef.argname):
+            place = Path(value).relative_to(traced)
+            shutil.copytree(traced / place.parts[0], self.directory / place.parts[0], dirs_exist_ok=True)
+            value = type(value)(self.directory / place)
             fixturedef.cached_result = (value, fixturedef.cache_key(request), None)
             return value
 

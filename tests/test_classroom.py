@@ -125,7 +125,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
 
 def test_each_method_gets_its_own_learning_rate(flags, monkeypatch):
     """Three rates; further ones while the outermost is the best by more than it could be by chance."""
-    optimum = {"prefix": 0.3 * 3, "full": 0.0005}
+    optimum = {"prefix": 9 * train.RECIPES["prefix"].lr, "full": train.RECIPES["full"].lr}
 
     def distance(self, flags, method, seed, lr):
         tried.append(lr)

@@ -86,6 +86,11 @@ def test_a_document_is_a_source_and_one_or_three_of_its_forms():
     rng = random.Random(0)
     lengths = Counter(data.random_document(rng).count("\n") for _ in range(400))
     assert set(lengths) == {1, 3} and 50 < lengths[1] < 150
+    for seed in range(40):
+        record = data.random_record(random.Random(seed), "train")
+        source, *rest = data.random_document(random.Random(seed)).split("\n")
+        (form,) = (form for form in data.DOCUMENTS if data.FORMS[form](record) == source)
+        assert len(set(rest)) == len(rest) and set(rest) <= {data.FORMS[name](record) for name in data.DOCUMENTS[form]}
 
 
 def test_task_examples_depend_on_seed_and_split_alone():
@@ -202,6 +207,17 @@ def test_broken_tokenizer_files_are_refused(tmp_path, file, content):
         data.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("end", [None, 0, 258, "258", []])
+def test_the_end_of_text_is_the_last_token(tmp_path, end):
+    data.save_tokenizer(tmp_path, [(b"a", b"b")])
+    path = tmp_path / "vocab.json"
+    vocab = json.loads(path.read_text(encoding="utf-8"))
+    assert vocab.pop("<|endoftext|>") == 257
+    path.write_text(json.dumps(vocab | ({"<|endoftext|>": end} if end is not None else {})))
+    with pytest.raises(ValueError, match="not the two files of one GPT-2 tokenizer"):
+        data.load_tokenizer(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -219,6 +235,7 @@ def test_source_and_target_tokenize_at_generation_as_in_training(tokenizer_dir):
 def test_a_batch_scores_the_target_and_its_end_and_nothing_else():
     """Position t predicts token t + 1; rows are padded on the right."""
     batch = data.batch_of([data.Row([5, 6, 7], [8, 9]), data.Row([4], [3])], torch.device("cpu"))
+    assert {tensor.device.type for tensor in data.batch_of([data.Row([4], [3])], torch.device("meta"))} == {"meta"}
     assert batch.idx.tolist() == [[5, 6, 7, 8], [4, 0, 0, 0]]
     assert batch.targets.tolist() == [[IGNORE, IGNORE, 8, 9], [3, IGNORE, IGNORE, IGNORE]]
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from model import GPT, GPTConfig, causal_mask
+from model import GPT, GPTConfig, attend, causal_mask, linear
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
@@ -93,6 +93,42 @@ def test_the_mask_lets_a_query_see_the_past_and_itself():
     assert causal_mask(3, 5, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_attention_in_bfloat16_is_the_same_attention(n):
+    """What is written out for a CPU equals the fused kernel in float64, to bfloat16's 8 bits, gradients included."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(2, H, length, D, generator=generator).bfloat16() for length in (n, 5, 5)]  # n queries, 5 keys and values
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        parts = [part.to(dtype, copy=True).requires_grad_() for part in qkv]
+        y = attend(*parts)
+        y.square().sum().backward()
+        results.append([y.detach().double(), *(part.grad.double() for part in parts)])
+    for got, expected in zip(*results):
+        assert_close(got, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_one_row_is_multiplied_as_many_are(model):
+    """The matrix-vector product that a single row takes is x Wᵀ + b as well, in value, shape and gradient."""
+    x = torch.randn(1, 1, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = model.h[0].mlp.c_fc.weight
+    for bias in (model.h[0].mlp.c_fc.bias, None):
+        one, two = linear(x, weight, bias), linear(x.expand(1, 2, C), weight, bias)
+        assert_close(one, two[:, :1])
+        (gradient,), (expected,) = (torch.autograd.grad(y[:, 0].square().sum(), x) for y in (one, two))
+        assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("last", [1, 3, 5])
+def test_asking_for_the_last_positions_changes_no_number(model, last):
+    """The last block may skip the others' queries, for no position after it reads them; their keys are all there."""
+    x, past = model.wte(random_ids(2, 5)), model(random_ids(1, 4))[1]
+    whole, whole_cache = model.forward_embeddings(x, past)
+    hidden, cache = model.forward_embeddings(x, past, last=last)
+    assert_close(hidden, whole[:, -last:])
+    assert_close(cache, whole_cache)
+
+
 def test_new_tokens_stand_behind_the_past(model):
     """Position embeddings go on where the past ends."""
     _, past = model(random_ids(1, 4))
@@ -172,6 +208,9 @@ def test_a_row_that_has_stopped_is_filled_with_the_stop_token(model):
         width = got.size(1) - 3
         assert row[3:] == (new[:end] + [stop] * 12)[:width]
     assert got.size(1) == 3 + max(ends)
+    alone = model.generate(idx[:1], 12)[0].tolist()
+    stopped = model.generate(idx[:1], 12, stop_token=alone[5])[0].tolist()
+    assert stopped == alone[: 3 + alone[3:].index(alone[5]) + 1]
 
 
 def test_the_context_may_be_filled_to_its_last_position(model):
@@ -185,10 +224,10 @@ def test_sampling_follows_the_softmax(model):
     """Frequencies of 4,000 draws lie within five standard errors of softmax(logits / temperature); top-k cuts the rest."""
     idx = random_ids(1, 4).repeat(4000, 1)
     logits = model(idx[:1])[0][0, -1]
-    for top_k in (None, 3):
+    for top_k in (None, 3, V + 1):
         generator = torch.Generator().manual_seed(0)
         drawn = model.generate(idx, 1, temperature=2.0, top_k=top_k, generator=generator)[:, -1]
-        allowed = logits if top_k is None else logits.masked_fill(logits < logits.topk(3).values[-1], -math.inf)
+        allowed = logits if top_k != 3 else logits.masked_fill(logits < logits.topk(3).values[-1], -math.inf)
         p = torch.softmax(allowed / 2.0, dim=0)
         frequency = torch.bincount(drawn, minlength=V) / 4000
         assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-12).all()
@@ -215,7 +254,10 @@ def test_a_saved_model_comes_back_bit_for_bit(model, tmp_path, dtype):
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
-    print_of_base = model.float().fingerprint()
+    """Every dtype is rounded by the same steps: from float64 at once, this one number would round up."""
+    model.wte.weight.data[0, 0] = 1 + 2**-8 + 2**-40
+    print_of_base = model.fingerprint()
+    assert model.float().fingerprint() == print_of_base
     assert model.bfloat16().fingerprint() == print_of_base
     model.h[1].mlp.c_fc.bias.data[3] += 0.1
     assert model.fingerprint() != print_of_base
@@ -257,6 +299,14 @@ def test_the_start_is_gpt2s():
             assert p.std().item() == pytest.approx(0.005 if "c_proj" in name else 0.02, rel=0.1), name
         else:
             assert (p == float(name.endswith("weight"))).all(), name
+
+
+def test_the_weights_are_stored_as_hugging_faces_gpt2_does(model, tmp_path):
+    """Under its names, and the matrices of a block as (in, out), which is nn.Linear's transposed."""
+    model.save_pretrained(tmp_path / "base")
+    linear = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+    expected = {f"transformer.{name}": t.T if name.endswith(linear) else t for name, t in model.state_dict().items()}
+    assert_close(load_file(tmp_path / "base" / "model.safetensors"), expected, rtol=0, atol=0)
 
 
 def test_config_json_is_that_of_hugging_faces_gpt2(model, tmp_path):
@@ -308,7 +358,7 @@ def edit(directory, **changes):
 def test_what_is_not_this_architecture_is_refused_by_name(model, tmp_path, changes):
     model.save_pretrained(tmp_path / "base")
     edit(tmp_path / "base", **changes)
-    with pytest.raises(ValueError, match=next(iter(changes))):
+    with pytest.raises(ValueError, match=next(iter(changes)) + ".*(are not a GPT-2's|; this GPT-2 has| heads of one width)"):
         GPT.from_pretrained(tmp_path / "base")
 
 

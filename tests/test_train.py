@@ -1,6 +1,7 @@
 """What a run promises: the base stays what it was, the same seed gives the same numbers, bad input a sentence."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -308,7 +309,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="stopped after step 2: add --resume to go on, or delete it"):
         run(base, out=tmp_path / "out", steps=7)
     for flags, message in [
-        (["--lr", "0.5"], "lr 0.1, not 0.5"),
+        (["--lr", "0.5"], "lr 0.3, not 0.5"),
         (["--seed", "1"], "seed 0, not 1"),
         (["--task", "chat"], "examples .*, not .*"),
         (["--n-virtual", "2"], "n_virtual 8, not 2"),
@@ -438,6 +439,42 @@ def test_a_learning_rate_too_high_stops_the_run_and_keeps_the_last_adapter(base,
     with pytest.raises(ValueError, match="the loss became nan with --lr 1e\\+38: lower it"):
         run(base, "--lr", "1e38", "--method", "soft_prompt", out=tmp_path / "out", steps=10)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def command(base, *flags, **how) -> subprocess.Popen:
+    """train.py as a user starts it, on the forty examples."""
+    common = ["--base", base, "--device", "cpu", "--batch-size", "2", "--data", str(Path(base).parent / "forty.jsonl")]
+    return subprocess.Popen(
+        [sys.executable, train.__file__, *common, *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
+    )  # fmt: skip
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(base, tmp_path):
+    process = command(base, "--steps", "20000", "--eval-every", "10000", "--save-every", "5", "--out", tmp_path / "out")
+    while not (tmp_path / "out" / data.CHECKPOINT).exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said and "--resume goes on from there" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [data.CHECKPOINT]
+
+
+def test_a_full_disk_gets_a_sentence_and_the_old_files_stay(base, tmp_path):
+    """Files of more than 20 kB cannot be written here: the adapter needs 33 kB, its checkpoint three times that."""
+    run(base, out=tmp_path / "out")
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    for flags in (["--steps", "2"], ["--steps", "3", "--save-every", "2"]):
+        process = command(base, *flags, "--out", tmp_path / "out", preexec_fn=limit)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2 and len(said.splitlines()) == 1 and "File too large" in said
+        assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+        assert {path.name for path in tmp_path.iterdir()} == {"out"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} <= data.OUR_FILES
 
 
 def test_the_command_ends_with_status_2_and_one_line():
