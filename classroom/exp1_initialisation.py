@@ -15,7 +15,7 @@ METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    starts, rates = experiment.grid(train.STARTS), experiment.grid([0.01, 0.03, 0.1, 0.3])
+    starts, rates = experiment.grid(train.STARTS), experiment.grid([0.03, 0.1, 0.3, 1.0])
     rows = []
     for method, name in METHODS.items():
         for init in starts:

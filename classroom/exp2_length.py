@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             axis.set_xticks(lengths, lengths)
         axes[0][0].legend()
 
-    header = ["virtual tokens", "numbers", *(f"{name}, {size} examples" for size in sizes for name in ("training loss", "validation loss"))]
+    header = ["virtual tokens", "numbers"]
+    header += [f"{name}, {size} examples" for size in sizes for name in ("training loss", "validation loss")]
     experiment.report(header, rows, draw, columns=2)
 
 

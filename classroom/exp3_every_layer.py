@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             axis.set(title=task, xlabel="numbers trained", ylabel="validation loss, nats per token", xscale="log", yscale="log")
         axes[0][0].legend()
 
-    header = ["task", "numbers", *(f"{name}: {what}" for name in METHODS.values() for what in ("tokens", "loss", "exact match %"))]
+    header = ["task", "numbers", *(f"{name}: {what}" for name in METHODS.values() for what in ("tokens", "loss", "exact %"))]
     experiment.report(header, rows, draw, columns=2)
 
 

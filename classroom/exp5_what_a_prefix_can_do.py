@@ -2,9 +2,9 @@
 
     python classroom/exp5_what_a_prefix_can_do.py
 
-A prefix is trained for each task, and evaluated on every task: exact match on the test data, as a matrix. Beside it, by tier, what
-full fine-tuning does with the same examples and steps. *Elicited*: the base saw such pairs of forms. *Recombined*: it saw both forms,
-never as a pair. *New*: a mapping that it never saw; both methods have 600 steps for it, and 150 for the others.
+A prefix is trained for each task, and evaluated on every task: exact match on the test data, as a matrix. Beside it what full
+fine-tuning does with the same examples and steps. *Elicited*: the base saw such pairs of forms. *Recombined*: it saw both
+forms, never as a pair. *New*: a mapping that it never saw; both methods have 600 steps for it, and 150 for the others.
 """
 
 import statistics
@@ -19,9 +19,10 @@ def main(argv: list[str] | None = None) -> None:
     tasks = experiment.grid(list(data.TASKS))
     for task in tasks:
         tier = data.TASKS[task].tier
+        own = ["--task", task, *(["--steps", 600] if tier == "new" else [])]
         for method in METHODS:
             for seed in experiment.seeds:
-                run, _ = experiment.tuned("--task", task, "--method", method, *(["--steps", 600] if tier == "new" else []), seed=seed)
+                run, _ = experiment.tuned(*own, "--method", method, seed=seed)
                 for other in tasks if method == "prefix" else [task]:
                     tests = data.encode(run.tokenizer, data.task_examples(other, "test", 500, seed))[: experiment.at_most]
                     found = {"method": method, "trained": task, "tier": tier, "evaluated": other, "seed": seed}
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     for task in tasks:
         frozen = experiment.measured("frozen", method="prefix", trained=task, evaluated=task)
         elsewhere = [value for other in tasks if other != task for value in exact(task, other)]
-        rows.append([task, data.TASKS[task].tier, spread(frozen, 1), *(spread(exact(task, task, method), 1) for method in METHODS), f"{max(elsewhere):.1f}"])
+        cells = [spread(values, 1) for values in (frozen, *(exact(task, task, method) for method in METHODS))]
+        rows.append([task, data.TASKS[task].tier, *cells, f"{max(elsewhere):.1f}"])
 
     def draw(axes) -> None:
         matrix = [[statistics.mean(exact(task, other)) for other in tasks] for task in tasks]

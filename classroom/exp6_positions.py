@@ -2,9 +2,10 @@
 
     python classroom/exp6_positions.py
 
-Virtual tokens take the positions 0 … P-1, so the text moves to P and beyond. Two small bases are pretrained on windows of one document
-each, padded with the end of text: in the one, all documents start at position 0; in the other, anywhere in the window. That is
-their only difference. Then each gets prefixes of several lengths for the task sentence, and is fully fine-tuned, where nothing moves.
+Virtual tokens take the positions 0 … P-1, so the text moves to P and beyond. Two small bases are pretrained on windows of one
+document each, padded with the end of text: in the one, all documents start at position 0; in the other, anywhere in the window.
+That is their only difference. Then each gets prefixes of several lengths for the task sentence, and is fully fine-tuned, where
+nothing moves.
 """
 
 import contextlib

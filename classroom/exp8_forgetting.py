@@ -2,8 +2,9 @@
 
     python classroom/exp8_forgetting.py
 
-Trained for the task sentence, a record as a sentence. Then the loss on every pair of source and form that pretraining documents hold, with
-the base frozen, after full fine-tuning, and with a prefix on and off. A prefix is off when it is not handed in: nothing to undo.
+Trained for the task sentence, a record as a sentence. Then the loss on every pair of source and form that pretraining documents
+hold: of the frozen base, after full fine-tuning, and with a prefix on and off. A prefix is off when it is not handed in:
+there is nothing to undo.
 """
 
 import statistics

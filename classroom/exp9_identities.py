@@ -9,8 +9,8 @@ Four equations, each side computed by the small base in float64, on validation e
     rescaling    under a prefix, attention among the text = (1 - a₀) · without it
     log n        n equal rows = one row whose score is larger by log n: the same a₀
 
-The last two hold in each layer for what enters it. So they are shown in the first layer, where nothing has been changed yet; in the last
-one, whose inputs the prefix has changed below, the same comparison shows how much a prefix does in the end.
+The last two hold in each layer for what enters it. So they are shown in the first layer, where nothing has been changed yet; in
+the last one, whose inputs the prefix has changed below, the same comparison shows how much a prefix does in the end.
 """
 
 import copy

@@ -43,9 +43,7 @@ def test_the_identities_hold_to_rounding(base, tmp_path):  # noqa: F811
 def test_the_two_bases_of_experiment_6_differ_in_positions_alone():
     """The same documents from the same generator, whole, with the end of text around them; one kind begins at 0."""
     stream, end = torch.tensor([9, 1, 2, 3, 9, 4, 5, 9, *range(1, 8), 9]), 9
-    start, anywhere = (
-        windows(stream, 50, 6, torch.Generator().manual_seed(0)) for windows in (exp6_positions.at_the_start, exp6_positions.anywhere)
-    )
+    start, anywhere = (windows(stream, 50, 6, torch.Generator().manual_seed(0)) for windows in exp6_positions.BASES.values())
     documents = {tuple(row) for row in start.tolist()}
     assert documents == {(1, 2, 3, 9, 9, 9), (4, 5, 9, 9, 9, 9), (1, 2, 3, 4, 5, 6)}
     for row, moved in zip(start.tolist(), anywhere.tolist()):
