@@ -160,10 +160,10 @@ class Experiment:
         """-> one measured value of those runs that agree with `where`, a value a seed."""
         return [run[key] for run in self.runs if all(run[name] == value for name, value in where.items())]
 
-    def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int) -> None:
-        """Prints the table, writes it and the runs to NAME.json, and draws NAME.png."""
+    def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], *grid: int) -> None:
+        """Prints the table, writes it and the runs to NAME.json, and draws NAME.png, a grid of (columns, rows) panels."""
         print(f"\n{self.question}\n\n{markdown(header, rows)}")
         found = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
         found |= {"seconds": round(time.perf_counter() - self.begin), "table": [dict(zip(header, row)) for row in rows]}
         write_json(self.args.out / f"{self.name}.json", found | {"runs": self.runs})
-        figure(self.args.out / f"{self.name}.png", draw, columns)
+        figure(self.args.out / f"{self.name}.png", draw, *grid)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         axes[0][0].legend()
 
     header = ["method", "start", "loss at step 0", *(f"lr {lr:g}" for lr in rates), "effective rank after training"]
-    experiment.report(header, rows, draw, columns=2)
+    experiment.report(header, rows, draw, 2)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
     header = ["virtual tokens", "numbers"]
     header += [f"{name}, {size} examples" for size in sizes for name in ("training loss", "validation loss")]
-    experiment.report(header, rows, draw, columns=2)
+    experiment.report(header, rows, draw, 2)
 
 
 if __name__ == "__main__":

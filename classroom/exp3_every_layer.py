@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         axes[0][0].legend()
 
     header = ["task", "numbers", *(f"{name}: {what}" for name in METHODS.values() for what in ("tokens", "loss", "exact %"))]
-    experiment.report(header, rows, draw, columns=2)
+    experiment.report(header, rows, draw, 2)
 
 
 if __name__ == "__main__":

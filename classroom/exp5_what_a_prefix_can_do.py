@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         right.legend(loc="lower left")
 
     header = ["task", "tier", "frozen base", *METHODS.values(), "its prefix on another task, at most"]
-    experiment.report(header, rows, draw, columns=2)
+    experiment.report(header, rows, draw, 2)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         axes[0][0].set_xticks(lengths, lengths)
         axes[0][0].legend()
 
-    experiment.report(["pretrained on", *methods], rows, draw, columns=1)
+    experiment.report(["pretrained on", *methods], rows, draw, 1)
 
 
 if __name__ == "__main__":

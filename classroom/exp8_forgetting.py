@@ -33,14 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     rows = [[name, *(spread(experiment.measured(state, pair=name), 3) for state in STATES)] for name in names]
 
     def draw(axes) -> None:
-        for i, (state, label) in enumerate(STATES.items()):
+        for (state, label), marker in zip(STATES.items(), "os^x"):
             means = [statistics.mean(experiment.measured(state, pair=name)) for name in names]
-            axes[0][0].barh([-y - 0.2 * i for y in range(len(names))], means, 0.2, label=label)
-        axes[0][0].set_yticks([-y - 0.3 for y in range(len(names))], names)
+            axes[0][0].plot(means, names, marker, label=label)
         axes[0][0].set(xlabel="validation loss, nats per token", xscale="log", title="trained for table → sentence")
+        axes[0][0].invert_yaxis()
+        axes[0][0].grid(axis="y", alpha=0.3)
         axes[0][0].legend(fontsize=7)
 
-    experiment.report(["source and form", *STATES.values()], rows, draw, columns=1)
+    experiment.report(["source and form", *STATES.values()], rows, draw, 1)
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = [[name, f"{max(experiment.measured(name)):.1e}"] for name in shown]
 
     def draw(axes) -> None:
-        for axis, (name, (left, right)) in zip(axes[0], shown.items()):
+        for axis, (name, (left, right)) in zip(axes.flat, shown.items()):
             axis.plot(right.flatten(), left.flatten(), ".", markersize=3)
             axis.axline((left.min(), left.min()), slope=1, color="grey", linewidth=0.5)
             axis.set(title=f"{name}\ndeviation ≤ {max(experiment.measured(name)):.0e}", xlabel="right side", ylabel="left side")
 
-    experiment.report(["equation", "largest deviation"], rows, draw, columns=len(shown))
+    experiment.report(["equation", "largest deviation"], rows, draw, 3, 2)
 
 
 if __name__ == "__main__":
