@@ -26,7 +26,7 @@ def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator
 
 
 def anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """(N,) ids -> (n, length): the same, each document moved by as much as there is room for, or less."""
+    """(N,) ids -> (n, length): the same, each document moved to the right as far as there is room for it and its end, or less."""
     windows = at_the_start(stream, n, length, generator)
     room = (windows == stream.max()).sum(dim=1, keepdim=True)
     moves = (torch.rand(n, 1, generator=generator) * room).long()
