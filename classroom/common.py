@@ -135,7 +135,7 @@ class Experiment:
     def tuned(self, *own: Any, seed: int) -> tuple[train.Run, list[tuple[int, float]]]:
         """-> a run after its training, and its validation loss at the start and at the end."""
         args = self.parse(*own, "--seed", seed)
-        args.out, args.eval_every = self.folder / "run", args.steps
+        args.out, args.eval_every, args.save_every = self.folder / "run", args.steps, args.steps
         run = train.prepare(args, *train.load_base(args))
         run = run._replace(rows={split: rows[: self.at_most] for split, rows in run.rows.items()})
         with contextlib.redirect_stdout(io.StringIO()):
