@@ -264,7 +264,7 @@ class GPT(nn.Module):
         """
         digest = hashlib.sha256(repr(self.config).encode())
         for parameter in self.state_dict().values():
-            digest.update(parameter.float().bfloat16().contiguous().cpu().view(torch.uint8).numpy())
+            digest.update(parameter.bfloat16().contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 
