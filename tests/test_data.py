@@ -97,7 +97,7 @@ def test_task_examples_depend_on_seed_and_split_alone():
     one, again = (data.task_examples("chat", "test", 5, seed=3) for _ in range(2))
     assert one == again != data.task_examples("chat", "test", 5, seed=4)
     assert not set(one) & set(data.task_examples("chat", "validation", 200, seed=3))
-    with pytest.raises(ValueError, match="'haiku': choose one of sentence, table, sentiment, reply, chat, verdict, shifted"):
+    with pytest.raises(ValueError, match="'haiku': choose one of sentence, table, sentiment, reply, chat, verdict, shifted$"):
         data.task_examples("haiku", "test", 1, 0)
 
 
