@@ -302,7 +302,7 @@ class GPT(nn.Module):
         """
         digest = hashlib.sha256(repr(self.config).encode())
         for parameter in self.state_dict().values():
-            digest.update(parameter.float().bfloat16().contiguous().cpu().view(torch.uint8).numpy())
+            digest.update(parameter.bfloat16().contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 
@@ -317,8 +317,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
 
 
 def stored(name: str, weight: Tensor) -> Tensor:
-    """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out)."""
-    return weight.transpose(0, -1) if ".c_" in name and name.endswith("weight") else weight
+    """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out); biases stay."""
+    return weight.transpose(0, -1) if ".c_" in name else weight
 
 
 # What config.json says of every model here; of a foreign one, what it says otherwise is refused by name.

@@ -254,7 +254,7 @@ def test_a_saved_model_comes_back_bit_for_bit(model, tmp_path, dtype):
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
-    """Every dtype is rounded by the same steps: from float64 at once, this one number would round up."""
+    """Every dtype is rounded by way of float32: from float64 at once, this one number would round up."""
     model.wte.weight.data[0, 0] = 1 + 2**-8 + 2**-40
     print_of_base = model.fingerprint()
     assert model.float().fingerprint() == print_of_base

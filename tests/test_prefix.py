@@ -191,7 +191,8 @@ def test_a_prefix_for_another_model_is_refused(model):
 @pytest.mark.parametrize("n_layer, n_head", [(L, H), (1, 2), (2, 1), (1, 1)])
 def test_a_saved_prefix_comes_back_bit_for_bit(tmp_path, n_layer, n_head):
     """Of a model of any number of layers and heads; behind another one, too."""
-    model = GPT(GPTConfig(V, BLOCK, n_layer, n_head, C)).freeze()
+    GPT(GPTConfig(V, BLOCK, n_layer, n_head, C)).save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base").freeze()
     prefix = Prefix.random(model, 3)
     prefix.save(tmp_path / "a", model)
     again = Prefix.load(tmp_path / "a", model)

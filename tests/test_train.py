@@ -110,6 +110,30 @@ def test_two_runs_with_one_seed_give_the_same_numbers(base, tmp_path):
     assert results[0] == results[1] != results[2]
 
 
+def test_tuning_written_out(base, monkeypatch):
+    """AdamW (Loshchilov & Hutter 2019) without decay, on the mean loss of each batch, at a rate that rises and falls."""
+    model, rows = GPT.from_pretrained(base).freeze(), rows_of(base, n=6)
+    prompt = SoftPrompt.text(model, torch.arange(3))
+    x = prompt.vectors.detach().clone().requires_grad_()
+    args = train.parse(["--steps", "12", "--lr", "0.05", "--batch-size", "4", "--eval-every", "5", "--out", "unused"])
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t, batch_rows in enumerate(train.shuffled_batches(rows, args), start=1):
+        batch = data.batch_of(batch_rows, model.device)
+        _, past_kv = model.forward_embeddings(x[None])
+        loss = torch.nn.functional.cross_entropy(model(batch.idx, past_kv)[0].flatten(0, 1), batch.targets.flatten())
+        (g,) = torch.autograd.grad(loss, x)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        rate = 0.05 * min(t / 10, (12 - t + 1) / 12)
+        x = (x - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)).detach().requires_grad_()
+    sizes, logits = [], train.target_logits
+    monkeypatch.setattr(train, "target_logits", lambda *given: sizes.append(len(given[1].idx)) or logits(*given))
+    run = train.Run("sentence", model, data.load_tokenizer(base), [prompt], {}, {"train": rows, "validation": rows})
+    curve = train.tune(run, args)
+    assert_close(prompt.vectors.data, x.data, rtol=1e-3, atol=1e-4)
+    assert [step for step, _ in curve] == [0, 5, 10, 12] and set(sizes) == {4, 2}  # six rows are looked at in two parts
+    assert curve[-1][1] == train.evaluate(model, [prompt], rows, 4)[0] < curve[0][1]
+
+
 def test_training_moves_the_adapters_and_nothing_else(base):
     """After training, the base is bit for bit what it was, in memory too; every number of a stack has moved."""
     model = GPT.from_pretrained(base).freeze()
@@ -401,7 +425,13 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--n-virtual", "0"], "--n-virtual 0: give 1 or more"),
+        (["--n-virtual", "0"], "--n-virtual 0: give 1 to 100000"),
+        (["--mid-dim", "10001"], "--mid-dim 10001: give 1 to 10000"),
+        (["--seed", "-1"], "--seed -1: give 0 to "),
+        (["--seed", str(2**63)], "--seed 9223372036854775808: give 0 to "),
+        (["--lr", "1e39"], "--lr 1e\\+39: give a positive number"),
+        (["--base", ""], "vocab.json does not exist"),
+        (["--device", "cpu:x"], "--device cpu:x .* is not there"),
         (["--n-virtual", "128"], "example 1 takes .* positions, and 0 are left"),
         (["--n-virtual", "129"], "129 new positions > block_size 128: .* lower --n-virtual"),
         (["--method", "soft_prompt", "--init", "random", "--n-virtual", "129"], "129 new positions > block_size 128"),
