@@ -66,7 +66,7 @@ class SoftPrompt(nn.Module):
                 "load it onto the base that it was trained on"
             )
         B = past_kv[0][0].size(0) if past_kv else 1
-        _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv)
+        _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv, last=1)  # but for the cache
         return cache
 
     def nearest_tokens(self, model: GPT, k: int = 1) -> Tensor:
