@@ -21,6 +21,7 @@ GRADE = """
 import json, os, sys
 from pathlib import Path
 import pytest, regex, safetensors.torch, tiktoken, torch
+torch.testing.assert_close(0, 0)  # the first call imports as much again
 
 sys.path.insert(0, "classroom")
 import blank
@@ -78,7 +79,7 @@ def test_a_blank_function_names_its_exercise_and_keeps_its_docstring(copy):
     """All blank at once: nothing but bodies is gone, and the files still are Python."""
     for number, exercise in EXERCISES.items():
         assert f"pytest -m ex{number} grades it" in blank(copy, number, "--force").stdout
-        assert refused(blank(copy, number, "--force"), f"exercise {number} is blank already")
+    assert refused(blank(copy, 4, "--force"), "exercise 4 is blank already")
     for file in {exercise.file for exercise in EXERCISES.values()}:
         compile((copy / file).read_text(), file, "exec")
         stubs = re.findall(r'"""\n +raise NotImplementedError\("Exercise (\d+): (.*)"\)\n', (copy / file).read_text())
