@@ -127,3 +127,32 @@ def test_the_list_shows_every_exercise(copy):
     for number, (line, exercise) in enumerate(zip(lines, EXERCISES.values(), strict=True), start=1):
         assert re.split(r"  +", line.strip()) == [str(number), exercise.title, exercise.file, exercise.function,
                                                  f"{exercise.minutes} min", exercise.difficulty]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+
+def test_the_walkthrough_shows_what_happens(monkeypatch):
+    """Every line of code in it is run, and what it prints compared."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        result = doctest.testfile(str(CLASSROOM / "walkthrough.md"), module_relative=False, encoding="utf-8")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_printoptions(profile="default")
+    assert result.failed == 0 and result.attempted > 50
+
+
+def test_the_sheet_has_every_exercise():
+    """With the minutes and the difficulty that --list shows."""
+    sheet = (CLASSROOM / "exercises.md").read_text(encoding="utf-8")
+    for number, (title, file, function, minutes, difficulty) in EXERCISES.items():
+        head = f"### {number}. {title[0].upper() + title[1:]}\n\n`{file}`, `{function}` — {minutes} minutes, {difficulty}."
+        assert sheet.count(head) == 1, head
+
+
+def test_the_tests_that_the_answers_name_exist():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (CLASSROOM / "answers.md").read_text(encoding="utf-8"))
+    assert named and not [name for name in named if f"def {name}(" not in tests]
