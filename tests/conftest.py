@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 from blank import EXERCISES  # noqa: E402
+
 from model import GPT, GPTConfig  # noqa: E402
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
