@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from blank import EXERCISES
+from conftest import C, H, L
+
+import data
+from model import GPT, GPTConfig
+from prefix import Prefix
+from soft_prompt import SoftPrompt
 
 ROOT = Path(__file__).parent.parent
 CLASSROOM = ROOT / "classroom"
@@ -151,6 +157,23 @@ def test_the_sheet_has_every_exercise():
     for number, (title, file, function, minutes, difficulty) in EXERCISES.items():
         head = f"### {number}. {title[0].upper() + title[1:]}\n\n`{file}`, `{function}` — {minutes} minutes, {difficulty}."
         assert sheet.count(head) == 1, head
+
+
+def test_the_python_of_the_sheet_runs(tmp_path, monkeypatch):
+    """On a base and adapters of random numbers. The answer to M1 is true of those, too: a prefix is a set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = GPT(GPTConfig(257, 256, L, H, C)).freeze()
+    with data.replaced_directory("out/base") as new:
+        model.save_pretrained(new)
+        data.save_tokenizer(new, [])
+    Prefix(torch.randn(4, L, 2, H, C // H)).save("out/sentence/prefix")
+    SoftPrompt(torch.randn(4, C)).save("out/sentence/soft_prompt")
+    names = {}
+    exec((CLASSROOM / "exercises.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
+    loss, prefix, prompt = names["loss"], names["prefix"], names["prompt"]
+    assert loss(Prefix(prefix.start.flip(0))) == pytest.approx(loss(prefix), rel=1e-5) != loss()
+    assert loss(prompt) not in (loss(), loss(prefix))
 
 
 def test_the_tests_that_the_answers_name_exist():
