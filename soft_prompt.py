@@ -57,6 +57,7 @@ class SoftPrompt(nn.Module):
     def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), as the model computes them from the vectors; behind `past_kv` if given.
 
+        The vectors take the place of token embeddings, in the model's dtype, once for each row of that past.
         Raises ValueError if the model is of another width.
         """
         P, C = self.vectors.shape

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_ids
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -46,20 +47,21 @@ def rows_of(base, task="sentence", n=8):
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-def test_the_loss_is_the_mean_over_target_positions(base):
-    """Projecting only those positions equals projecting all and ignoring the rest."""
-    model = GPT.from_pretrained(base)
-    batch = data.batch_of(rows_of(base), model.device)
-    logits, targets = train.target_logits(model, batch, None)
-    all_logits, _ = model(batch.idx)
-    expected = torch.nn.functional.cross_entropy(all_logits.flatten(0, 1), batch.targets.flatten())
-    assert_close(torch.nn.functional.cross_entropy(logits, targets), expected)
+@pytest.mark.ex11
+def test_the_loss_is_the_mean_over_target_positions(model):
+    """Projecting only those positions equals projecting all and ignoring the rest; behind a past, too."""
+    batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9]), data.Row([5, 4], [3])], model.device)
+    for past_kv in (None, model(random_ids(1, 4))[1]):
+        logits, targets = train.target_logits(model, batch, past_kv)
+        all_logits, _ = model(batch.idx, past_kv)
+        expected = torch.nn.functional.cross_entropy(all_logits.float().flatten(0, 1), batch.targets.flatten())
+        assert_close(torch.nn.functional.cross_entropy(logits, targets), expected)
 
 
-def test_exact_match_is_what_generation_would_give(base):
+@pytest.mark.ex12
+def test_exact_match_is_what_generation_would_give(model):
     """One forward pass tells which rows greedy decoding gets right, its stop included; the loss weighs tokens alike."""
-    model = GPT.from_pretrained(base).freeze()
-    rows = rows_of(base, "sentiment", 12)
+    rows = [data.Row(random_ids(i + 1, seed=i).tolist(), random_ids(i % 3 + 1, seed=50 + i).tolist()) for i in range(12)]
     for i in (1, 4, 7):  # three rows that are right: let the target be what the model says
         said = model.generate(torch.tensor([rows[i].source]), 3)[0, -3:].tolist()
         rows[i] = data.Row(rows[i].source, said)
