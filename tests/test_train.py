@@ -1,7 +1,7 @@
 """What a run promises: the base stays what it was, the same seed gives the same numbers, bad input a sentence."""
 
 import json
-import resource
+import os
 import signal
 import subprocess
 import sys
@@ -254,6 +254,21 @@ def test_two_processes_train_the_adapter_that_one_does(base, tmp_path):
     assert done.returncode != 0 and "--batch-size 1 for 2 processes" in done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
+    """With an error, not with a wait for ever; the last checkpoint stays."""
+    flags = ["--base", base, "--device", "cpu", "--steps", "20000", "--batch-size", "4", "--save-every", "5", "--eval-every", "10000"]
+    flags += ["--data", str(Path(base).parent / "forty.jsonl"), "--out", str(tmp_path / "out")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train.__file__]
+    process = subprocess.Popen([*torchrun, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out" / data.CHECKPOINT).exists():
+        assert process.poll() is None
+    _, second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [data.CHECKPOINT]
+
+
 # ----------------------------------------------------------------------------------------- starting from what was saved
 
 
@@ -494,6 +509,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(base, tmp_path):
 
 def test_a_full_disk_gets_a_sentence_and_the_old_files_stay(base, tmp_path):
     """Files of more than 20 kB cannot be written here: the adapter needs 33 kB, its checkpoint three times that."""
+    resource = pytest.importorskip("resource")
     run(base, out=tmp_path / "out")
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
 
