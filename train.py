@@ -270,11 +270,17 @@ def load_checkpoint(
     return step, [tuple(point) for point in metadata["curve"]]
 
 
-def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
+def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """(N,) ids -> (n, length) windows of them that start anywhere, so that the base meets every text at every position:
+    a prefix will shift the text, and positions that a base never saw it cannot use."""
+    starts = torch.randint(len(stream) - length + 1, (n, 1), generator=generator)
+    return stream[starts + torch.arange(length)]
+
+
+def pretrain(out: Path, args: argparse.Namespace, device: torch.device, windows: Callable = windows_anywhere) -> None:
     """Makes the small base, with its tokenizer, from the restaurant world or from the user's own texts.
 
-    Documents are packed into one stream and read in windows that start anywhere, so that the base meets every text at
-    every position: a prefix will shift the text, and positions that a base never saw it cannot use.
+    Documents are packed into one stream and read in windows.
     """
     texts = [data.read_text(path) for path in args.corpus]
     if not texts:
@@ -289,9 +295,9 @@ def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
     # apart, and without that no value can be copied. Apart from the start, all kinds are copied after half the steps.
     nn.init.normal_(model.wte.weight, std=0.4)
     nn.init.constant_(model.ln_f.weight, 0.1)  # for the head, which is the same matrix, still starts with small logits
-    window = torch.arange(model.config.block_size + 1)
-    if len(stream) < 10 * len(window):
-        raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * len(window)} to learn from")
+    length = model.config.block_size + 1
+    if len(stream) < 10 * length:
+        raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * length} to learn from")
     # Muon (Jordan et al. 2024) on the matrices of the blocks: with it the base learns to copy sooner than with Adam
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -307,8 +313,7 @@ def pretrain(out: Path, args: argparse.Namespace, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     progress = Progress(0, args.steps)
     for step in range(1, args.steps + 1):
-        starts = torch.randint(len(stream) - len(window) + 1, (args.batch_size, 1), generator=generator)
-        tokens = stream[starts + window].to(device)  # (B, T + 1)
+        tokens = windows(stream, args.batch_size, length, generator).to(device)  # (B, T + 1)
         logits, _ = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         check_finite(loss.item(), args.lr)

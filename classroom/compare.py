@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import KVCache, data, figure, finish, kept_for_backward, markdown, rows_of, train, write_json
+from common import KVCache, band, data, figure, finish, kept_for_backward, markdown, rows_of, spread, train, write_json
 
 NAMES = {
     "none": "frozen base",
@@ -222,12 +222,6 @@ def cost_table(found: dict[str, dict]) -> str:
     return markdown(header, rows)
 
 
-def spread(values: list[float], digits: int) -> str:
-    """-> the mean, and the range where there is one."""
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f}" + (f" [{low}–{high}]" if low != high else "")
-
-
 def quality_table(chosen: dict[str, dict[str, list[dict]]], ensembles: dict[tuple[str, str], float]) -> str:
     rows = []
     for task, methods in chosen.items():
@@ -246,11 +240,9 @@ def quality_table(chosen: dict[str, dict[str, list[dict]]], ensembles: dict[tupl
 def draw_curves(axes, chosen: dict[str, dict[str, list[dict]]]) -> None:
     """A panel a task, a colour a method; the band spans the seeds."""
     for axis, (task, methods) in zip(axes[0], chosen.items()):
-        for colour, (method, records) in enumerate(methods.items()):
+        for method, records in methods.items():
             steps = [step for step, _ in records[0]["curve"]]
-            losses = list(zip(*([max(loss, 1e-5) for _, loss in record["curve"]] for record in records)))
-            axis.plot(steps, [statistics.mean(column) for column in losses], color=f"C{colour}", label=NAMES[method])
-            axis.fill_between(steps, list(map(min, losses)), list(map(max, losses)), color=f"C{colour}", alpha=0.2)
+            band(axis, steps, list(zip(*([max(loss, 1e-5) for _, loss in record["curve"]] for record in records))), NAMES[method])
         axis.set(title=task, xlabel="step", ylabel="validation loss, nats per token", yscale="log")
     axes[0][0].legend()
 

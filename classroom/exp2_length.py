@@ -1,0 +1,42 @@
+"""2. How long should a prefix be?
+
+    python classroom/exp2_length.py
+
+A prefix of 1, 2, 4 … 64 virtual tokens on the task chat, trained on 1000 examples and on 20: the loss on what it was trained on,
+and on what it was not. A longer prefix can only fit more; whether it should is what the second line says.
+"""
+
+from common import Experiment, band, spread, train
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment = Experiment(__file__, __doc__, argv)
+    lengths, sizes = experiment.grid([1, 2, 4, 8, 16, 32, 64]), [1000, 20]
+    for size in sizes:
+        for P in lengths:
+            for seed in experiment.seeds:
+                own = [*experiment.examples("chat", size, subset=seed), "--n-virtual", P]
+                run, curve = experiment.tuned(*own, seed=seed)
+                fitted, _ = train.evaluate(run.model, run.adapters, run.rows["train"][:200], 50)
+                found = {"size": size, "length": P, "seed": seed, "fitted": fitted, "loss": curve[-1][1]}
+                experiment.runs.append(found | {"numbers": run.adapters[0].n_stored()})
+
+    rows = [[str(P), f"{experiment.measured('numbers', length=P)[0]:,}"] for P in lengths]
+    for row, P in zip(rows, lengths):
+        row += [spread(experiment.measured(key, length=P, size=size), 4) for size in sizes for key in ("fitted", "loss")]
+
+    def draw(axes) -> None:
+        for axis, size in zip(axes[0], sizes):
+            for key, name in [("fitted", "trained on"), ("loss", "validation")]:
+                band(axis, lengths, [experiment.measured(key, length=P, size=size) for P in lengths], name)
+            axis.set(title=f"{size} examples", xlabel="virtual tokens", ylabel="loss, nats per token", xscale="log", yscale="log")
+            axis.set_xticks(lengths, lengths)
+        axes[0][0].legend()
+
+    header = ["virtual tokens", "numbers"]
+    header += [f"{name}, {size} examples" for size in sizes for name in ("training loss", "validation loss")]
+    experiment.report(header, rows, draw, 2)
+
+
+if __name__ == "__main__":
+    train.run_command(main)

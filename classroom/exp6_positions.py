@@ -1,0 +1,68 @@
+"""6. Why must the base have seen its texts at every position?
+
+    python classroom/exp6_positions.py
+
+Virtual tokens take the positions 0 … P-1, so the text moves to P and beyond. Two small bases are pretrained on windows of one
+document each, padded with the end of text: in the one, all documents start at position 0; in the other, anywhere in the window.
+That is their only difference. Then each gets prefixes of several lengths for the task sentence, and is fully fine-tuned, where
+nothing moves.
+"""
+
+import contextlib
+import io
+
+import torch
+from common import Experiment, band, spread, train
+from torch import Tensor
+
+
+def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """(N,) ids -> (n, length): one document each from position 0, and the end of text from there on."""
+    end = stream.max()
+    starts = (stream[:-length] == end).nonzero() + 1  # behind the end of another one
+    windows = stream[starts[torch.randint(len(starts), (n,), generator=generator)] + torch.arange(length)]
+    windows[(windows == end).cumsum(dim=1) > 0] = end
+    return windows
+
+
+def anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """(N,) ids -> (n, length): the same, each document moved to the right as far as there is room for it and its end, or less."""
+    windows = at_the_start(stream, n, length, generator)
+    room = (windows == stream.max()).sum(dim=1, keepdim=True)
+    moves = (torch.rand(n, 1, generator=generator) * room).long()
+    return windows.gather(1, (torch.arange(length) - moves) % length)
+
+
+BASES = {"documents at position 0": at_the_start, "documents anywhere": anywhere}
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment = Experiment(__file__, __doc__, argv)
+    lengths = experiment.grid([1, 2, 4, 8, 16])
+    methods = {f"prefix {P}": ["--n-virtual", P] for P in lengths} | {"full fine-tuning": ["--method", "full"]}
+    rows = []
+    for base, (name, windows) in enumerate(BASES.items()):
+        out = experiment.folder / f"base{base}"
+        args = experiment.parse("--method", "pretrain", "--out", out)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.pretrain(out, args, train.pick_device(args.device), windows)
+        for method, own in methods.items():
+            for seed in experiment.seeds:
+                run, curve = experiment.tuned("--base", out, "--task", "sentence", *own, seed=seed)
+                _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
+                found = {"base": name, "method": method, "seed": seed, "start": curve[0][1], "loss": curve[-1][1]}
+                experiment.runs.append(found | {"exact": train.share(exact)})
+        rows.append([name, *(spread(experiment.measured("exact", base=name, method=method), 1) for method in methods)])
+
+    def draw(axes) -> None:
+        for name in BASES:
+            band(axes[0][0], lengths, [experiment.measured("exact", base=name, method=f"prefix {P}") for P in lengths], name)
+        axes[0][0].set(xlabel="virtual tokens of the prefix", ylabel="exact match, %", xscale="log", ylim=(-3, 103))
+        axes[0][0].set_xticks(lengths, lengths)
+        axes[0][0].legend()
+
+    experiment.report(["pretrained on", *methods], rows, draw, 1)
+
+
+if __name__ == "__main__":
+    train.run_command(main)

@@ -1,0 +1,48 @@
+"""8. What does training for one form do to all the others?
+
+    python classroom/exp8_forgetting.py
+
+Trained for the task sentence, a record as a sentence. Then the loss on every pair of source and form that pretraining documents
+hold: of the frozen base, after full fine-tuning, and with a prefix on and off. A prefix is off when it is not handed in:
+there is nothing to undo.
+"""
+
+import statistics
+
+from common import Experiment, data, spread, train
+
+STATES = {"frozen": "frozen base", "full": "after full fine-tuning", "on": "prefix on", "off": "prefix off"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment = Experiment(__file__, __doc__, argv)
+    pairs = [data.Task("elicited", source, form) for source, forms in data.DOCUMENTS.items() for form in forms]
+    names = [f"{pair.source} → {pair.target}" for pair in pairs]
+    for seed in experiment.seeds:
+        model, tokenizer = train.load_base(experiment.parse())
+        prefix, _ = experiment.tuned("--method", "prefix", seed=seed)
+        full, _ = experiment.tuned("--method", "full", seed=seed)
+        rng = data.random.Random(seed)
+        records = [data.random_record(rng, "validation") for _ in range(200)]
+        for pair, name in zip(pairs, names):
+            examples = data.encode(tokenizer, [data.task_example(pair, record) for record in records])[: experiment.at_most]
+            states = [(model, []), (full.model, []), (prefix.model, prefix.adapters), (prefix.model, [])]
+            losses = [train.evaluate(*state, examples, 50)[0] for state in states]
+            experiment.runs.append({"pair": name, "seed": seed, **dict(zip(STATES, losses))})
+
+    rows = [[name, *(spread(experiment.measured(state, pair=name), 3) for state in STATES)] for name in names]
+
+    def draw(axes) -> None:
+        for (state, label), marker in zip(STATES.items(), "os^x"):
+            means = [statistics.mean(experiment.measured(state, pair=name)) for name in names]
+            axes[0][0].plot(means, names, marker, label=label)
+        axes[0][0].set(xlabel="validation loss, nats per token", xscale="log", title="trained for table → sentence")
+        axes[0][0].invert_yaxis()
+        axes[0][0].grid(axis="y", alpha=0.3)
+        axes[0][0].legend(fontsize=7)
+
+    experiment.report(["source and form", *STATES.values()], rows, draw, 1)
+
+
+if __name__ == "__main__":
+    train.run_command(main)
