@@ -1,5 +1,6 @@
-"""A model of a few thousand random weights, in float64, so that equal means equal to twelve digits."""
+"""A model of a few thousand random weights, in float64, so that equal means equal to twelve digits; and a tiny base."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 from blank import EXERCISES  # noqa: E402
 
+import data  # noqa: E402
+import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
@@ -47,3 +50,16 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def model() -> GPT:
     return random_model()
+
+
+def write_jsonl(path: Path, examples: list[data.Example]) -> None:
+    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
+    directory = tmp_path_factory.mktemp("base")
+    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
+    write_jsonl(directory / "forty.jsonl", data.task_examples("sentence", "train", 40, 0))
+    return str(directory / "mini")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids
+from conftest import random_ids, write_jsonl
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -18,19 +18,6 @@ import train
 from model import GPT
 from prefix import Prefix
 from soft_prompt import SoftPrompt
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> str:
-    """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
-    directory = tmp_path_factory.mktemp("base")
-    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
-    write_jsonl(directory / "forty.jsonl", data.task_examples("sentence", "train", 40, 0))
-    return str(directory / "mini")
-
-
-def write_jsonl(path: Path, examples: list[data.Example]) -> None:
-    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
 
 
 def run(base, *flags, out=None, steps=3):
@@ -257,8 +244,8 @@ def test_two_processes_train_the_adapter_that_one_does(base, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
 def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     """With an error, not with a wait for ever; the last checkpoint stays."""
-    flags = ["--base", base, "--device", "cpu", "--steps", "20000", "--batch-size", "4", "--save-every", "5", "--eval-every", "10000"]
-    flags += ["--data", str(Path(base).parent / "forty.jsonl"), "--out", str(tmp_path / "out")]
+    flags = ["--base", base, "--device", "cpu", "--steps", "20000", "--batch-size", "4", "--save-every", "5"]
+    flags += ["--eval-every", "10000", "--data", str(Path(base).parent / "forty.jsonl"), "--out", str(tmp_path / "out")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train.__file__]
     process = subprocess.Popen([*torchrun, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "out" / data.CHECKPOINT).exists():
