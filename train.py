@@ -24,8 +24,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before torch: else MKL's sums depend on where memory happens to lie
-
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -39,6 +37,8 @@ from data import IGNORE, Batch, Row
 from model import GPT, GPTConfig, KVCache
 from prefix import Prefix
 from soft_prompt import SoftPrompt
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # or MKL's sums depend on where memory happens to lie
 
 DEFAULT_BASE = Path("out/base")
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
