@@ -53,7 +53,7 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
     Whenever the process dies, the old directory or the new one is there whole: at worst the old one still carries its
     temporary name, which `saved_file` undoes. Raises ValueError rather than remove files that are not ours.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     check_replaceable(directory)
     new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
     for left_over in (new, old):  # by a process that died while saving
@@ -94,6 +94,7 @@ def check_replaceable(directory: Path) -> None:
 
 def restore(directory: Path) -> None:
     """If a save died between its two renames, puts the old directory back."""
+    directory = directory.resolve()  # "." has no name
     old = directory.with_name(f".{directory.name}.old")
     if old.exists() and not directory.exists():
         old.rename(directory)

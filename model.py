@@ -81,7 +81,10 @@ def extend(past: Tensor, new: Tensor, n_past: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, n, D) queries of the last n positions, (B, H, S, D) keys and values -> softmax(q·k / √D) v, (B, H, n, D)."""
+    """(B, H, n, D) queries of the last n positions, (B, H, S, D) keys and values -> softmax(q·k / √D) v, (B, H, n, D).
+
+    A query sees the positions before it and its own (`causal_mask`), and the softmax shares out 1 among those.
+    """
     (B, H, n, D), S = q.shape, k.size(2)
     mask = causal_mask(n, S, q.device) if n > 1 else None  # a single query may see everything
     if mask is None or q.device.type != "cpu" or q.dtype != torch.bfloat16:
@@ -113,7 +116,11 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, n_past: int, last: int):
-        """(B, T, C) -> (B, last, C), for the last positions, and the (keys, values) of all, (B, H, S, D) each."""
+        """(B, T, C) -> (B, last, C), for the last positions, and the (keys, values) of all, (B, H, S, D) each.
+
+        c_attn makes queries, keys and values at once, C numbers each, in which head after head has its D. The keys and values
+        of n_past earlier positions, if there is a past, go in front (`extend`). c_proj mixes what the heads found.
+        """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if past is not None:
@@ -178,6 +185,9 @@ class GPT(nn.Module):
 
     def freeze(self) -> "GPT":
         """-> self, its weights closed to gradients. Gradients still flow *through* it, to what was fed in."""
+        if self.dtype == torch.bfloat16:  # as read from a file, matrices are transposed views, three times slower for one row
+            for weight in self.parameters():
+                weight.data = weight.data.contiguous()
         return self.requires_grad_(False)
 
     def forward(self, idx: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
@@ -227,9 +237,11 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T) ids -> (B, T + new) ids, new ≤ max_new_tokens.
 
-        Greedy at temperature 0, otherwise sampled, among the top_k likeliest tokens if given. A row that has emitted
-        stop_token is filled up with it, and all end when every row has. The last token is never read, so
-        P + T + max_new_tokens may reach block_size + 1.
+        The prompt is read once; then each step reads the one token that is new, behind the cache of all before it.
+        past_kv is left as it was. Tokens are chosen from float32 logits (`choose`): greedily at temperature 0, otherwise
+        sampled, among the top_k likeliest if given. A row that has emitted stop_token is filled up with it, and all end
+        when every row has. The last token is never read, so P + T + max_new_tokens may reach block_size + 1; raises
+        ValueError beyond that.
         """
         hidden, cache = self.forward_embeddings(self.wte(idx), past_kv, last=1)  # the prefill
         n_past = cache[0][0].size(2)
@@ -302,7 +314,7 @@ class GPT(nn.Module):
         """
         digest = hashlib.sha256(repr(self.config).encode())
         for parameter in self.state_dict().values():
-            digest.update(parameter.float().bfloat16().contiguous().cpu().view(torch.uint8).numpy())
+            digest.update(parameter.bfloat16().contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 
@@ -317,8 +329,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
 
 
 def stored(name: str, weight: Tensor) -> Tensor:
-    """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out)."""
-    return weight.transpose(0, -1) if ".c_" in name and name.endswith("weight") else weight
+    """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out); biases stay."""
+    return weight.transpose(0, -1) if ".c_" in name else weight
 
 
 # What config.json says of every model here; of a foreign one, what it says otherwise is refused by name.

@@ -69,8 +69,9 @@ class Prefix(nn.Module):
     def reparametrise(self, mid_dim: int) -> "Prefix":
         """-> self, from now on trained through an MLP: start + MLP(inputs), one small input row a virtual token.
 
-        Li & Liang §4.3, who found that training the keys and values themselves is touchy. The MLP's last layer is zero
-        at first, so that every initialisation means the same with and without it; the start itself is held fixed.
+        Li & Liang §4.3, who found that training the keys and values themselves is touchy. `inputs` (P, C) are drawn from
+        N(0, 1); `mlp` is C -> mid_dim, a tanh, mid_dim -> L·2·C. Its last layer is zero at first, so that every
+        initialisation means the same with and without it; the start itself is held fixed.
         """
         P, L, _, H, D = self.start.shape
         factory = {"device": self.start.device, "dtype": self.start.dtype}
@@ -98,7 +99,7 @@ class Prefix(nn.Module):
         return Prefix(self.kv())
 
     def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
-        """-> L pairs (k, v) of (1, H, P, D), cast to the model's dtype; behind `past_kv` if there is one.
+        """-> L pairs (k, v) of (1, H, P, D), cast to the model's dtype; behind `past_kv` if there is one, for all its rows.
 
         Raises ValueError if the model has other sizes than the prefix.
         """

@@ -57,6 +57,7 @@ class SoftPrompt(nn.Module):
     def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), as the model computes them from the vectors; behind `past_kv` if given.
 
+        The vectors take the place of token embeddings, in the model's dtype, once for each row of that past.
         Raises ValueError if the model is of another width.
         """
         P, C = self.vectors.shape
@@ -66,7 +67,7 @@ class SoftPrompt(nn.Module):
                 "load it onto the base that it was trained on"
             )
         B = past_kv[0][0].size(0) if past_kv else 1
-        _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv)
+        _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv, last=1)  # but for the cache
         return cache
 
     def nearest_tokens(self, model: GPT, k: int = 1) -> Tensor:

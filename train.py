@@ -24,8 +24,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before torch: else MKL's sums depend on where memory happens to lie
-
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -39,6 +37,8 @@ from data import IGNORE, Batch, Row
 from model import GPT, GPTConfig, KVCache
 from prefix import Prefix
 from soft_prompt import SoftPrompt
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # or MKL's sums depend on where memory happens to lie
 
 DEFAULT_BASE = Path("out/base")
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
@@ -367,7 +367,7 @@ def make_base(args: argparse.Namespace) -> float:
     """Pretrains the base that is asked for, or the small one where a run needs it and it is not there -> seconds taken."""
     if args.method != "pretrain":
         data.restore(DEFAULT_BASE)
-        if args.base or DEFAULT_BASE.exists():
+        if args.base != DEFAULT_BASE or DEFAULT_BASE.exists():
             return 0.0
         args = parse(["--method", "pretrain", *(["--device", args.device] if args.device else [])])  # the same for every run
     data.check_replaceable(args.out)
@@ -379,11 +379,11 @@ def make_base(args: argparse.Namespace) -> float:
 
 def load_base(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
     """-> the frozen model and its tokenizer, on the device and in the dtype that are asked for."""
-    base, device = args.base or DEFAULT_BASE, pick_device(args.device)
-    tokenizer = data.load_tokenizer(base)
-    model = GPT.from_pretrained(base).to(device, getattr(torch, args.dtype)).freeze()
+    tokenizer = data.load_tokenizer(args.base)
+    model = GPT.from_pretrained(args.base).to(pick_device(args.device), getattr(torch, args.dtype)).freeze()
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{base}: a tokenizer of {tokenizer.n_vocab} tokens, a model of {model.config.vocab_size}: no pair")
+        sizes = f"a tokenizer of {tokenizer.n_vocab} tokens, a model of {model.config.vocab_size}"
+        raise ValueError(f"{args.base}: {sizes}: copy the four files of one model again")
     return model, tokenizer
 
 
@@ -503,7 +503,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=data.TASKS, default="sentence", metavar="TASK", help=f"{', '.join(data.TASKS)} (default: sentence)")
     add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
     add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
-    add("--base", metavar="DIR", help=f"Hugging Face GPT-2 directory, or {', '.join(data.HUB_REPOS)} (default: {DEFAULT_BASE})")
+    names = ", ".join(data.HUB_REPOS)
+    add("--base", metavar="DIR", default=DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or {names} (default: {DEFAULT_BASE})")
     add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
 
     add = parser.add_argument_group("the adapter").add_argument
@@ -530,11 +531,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
 
     args = parser.parse_args(argv)
-    for name in ("n_virtual", "mid_dim", "steps", "batch_size", "eval_every", "save_every"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr {args.lr}: give a positive number")
+    ranges = {name: (1, 10**9) for name in ("steps", "eval_every", "save_every")}
+    ranges |= {"n_virtual": (1, 10**5), "mid_dim": (1, 10**4), "batch_size": (1, 10**5), "seed": (0, 2**63 - 1)}
+    for name, (low, high) in ranges.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} to {high}")
+    if args.lr is not None and not 0 < args.lr <= 1e38:
+        raise ValueError(f"--lr {args.lr}: give a positive number, at most 1e38")
     if args.adapter and args.prompt is None:
         raise ValueError("--adapter trains nothing and needs a --prompt to complete; to train on from one, give it as --init")
     if args.init_text is not None and (args.init != "text" or not args.init_text):
@@ -653,7 +656,8 @@ def run_command(command: Callable[[], Any]) -> None:
     try:
         command()
     except (ValueError, OSError, SafetensorError) as error:  # the last where a disk is full
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sentence = "".join(c if c.isprintable() else " " for c in str(error))[:1000]  # a file's own words may be in it
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)

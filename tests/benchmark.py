@@ -27,14 +27,13 @@ from statistics import median, quantiles
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows products with one row: PEFT's generation, not ours
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
-import train  # noqa: E402  isort: skip  (first, for it has something to set before torch is loaded)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from common import data, finish, kept_for_backward, train  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import data  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 SIZES = {
@@ -151,32 +150,13 @@ def seconds(contestants: dict[object, Callable[[], object]], turns: int = 15) ->
     times = {name: [] for name in contestants}
     for _ in range(2 + turns):
         for name, run in contestants.items():
-            synchronize()
+            finish()
             begin = time.perf_counter()
             run()
-            synchronize()
+            finish()
             times[name].append(time.perf_counter() - begin)
     low, middle, high = quantiles(next(iter(times.values()))[2:], n=4)
     return {name: median(taken[2:]) for name, taken in times.items()}, (high - low) / middle
-
-
-def synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def kept(base: nn.Module, loss_of: Callable[[], Tensor]) -> float:
-    """-> MB that autograd keeps from forward to backward: each storage once, and none of the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in base.parameters()}
-    storages = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address comes twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss_of()
-    return sum(s.nbytes() for pointer, s in storages.items() if pointer not in weights) / 1e6
 
 
 def peak(side: str, directory: Path, size: str, method: str, P: int, B: int) -> float:
@@ -248,7 +228,7 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
             more["/full"] = here / taken["full", FLOAT32]
         more["spread"] = spread
         table.add(f"{name} step", "ms", 1e3 * here, 1e3 * taken["peft", dtype], 1e3 * floor_seconds, **more)
-        table.add(f"{name} kept for backward", "MB", *(kept(*side) for side in losses[dtype]))
+        table.add(f"{name} kept for backward", "MB", *(kept_for_backward(*side) / 1e6 for side in losses[dtype]))
         if P == 20:
             sides = (peak(side, base_directory(root, size, dtype), size, method, P, B) for side in ("here", "peft"))
             table.add(f"{name} peak memory", "MB", *sides)
@@ -284,7 +264,7 @@ def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
         shapes = products(at["size"], "prefix", at["P"], at["B"], at["T"])
         taken, spread = seconds({"here": step(adapter, loss_of), "floor": floor(shapes, FLOAT32)}, turns=5)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
-        place = {"axis": axis, "x": x, "kept_mb": kept(model, loss_of), "spread": spread}
+        place = {"axis": axis, "x": x, "kept_mb": kept_for_backward(model, loss_of) / 1e6, "spread": spread}
         table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(["--method", "pretrain", "--steps", "40", "--out", str(root / "pretrained")])

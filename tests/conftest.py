@@ -1,5 +1,6 @@
-"""A model of a few thousand random weights, in float64, so that equal means equal to twelve digits."""
+"""A model of a few thousand random weights, in float64, so that equal means equal to twelve digits; and a tiny base."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,10 +12,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the peers, too, may not look for anything outside
 torch.set_num_threads(1)
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
+
+from blank import EXERCISES  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
 D = C // H
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for number, exercise in EXERCISES.items():
+        config.addinivalue_line("markers", f"ex{number}: grades exercise {number}, {exercise.title}: {exercise.function}")
 
 
 def random_model(seed: int = 0) -> GPT:
@@ -28,7 +40,7 @@ def random_model(seed: int = 0) -> GPT:
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
         norm.weight.data += 1
-    return model.freeze()
+    return model.requires_grad_(False)
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,3 +50,16 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def model() -> GPT:
     return random_model()
+
+
+def write_jsonl(path: Path, examples: list[data.Example]) -> None:
+    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
+    directory = tmp_path_factory.mktemp("base")
+    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
+    write_jsonl(directory / "forty.jsonl", data.task_examples("sentence", "train", 40, 0))
+    return str(directory / "mini")

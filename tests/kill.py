@@ -31,7 +31,8 @@ train.RECIPES["pretrain"] = train.RECIPES["pretrain"]._replace(steps=10)
 
 def count(event, arguments):
     global touches
-    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(("out", ".", os.getcwd())):
+    touching = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+    if touching and str(arguments[0]).startswith(("out", ".", os.getcwd())):
         touches += 1
         if touches == fatal:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -49,7 +49,6 @@ EQUIVALENT = [
     ("('.attn.bias', '.attn.masked_bias')", "('.attn.masked_bias', '.attn.bias')", "the order does not matter"),
     ("min(top_k, logits.size(-1))", "min(logits.size(-1), top_k)", "the order does not matter"),
     ("transpose(0, -1)", "transpose(-1, 0)", "the order does not matter"),
-    ("transpose(0, -1)", "transpose(0, 1)", "one axis of two, counted from the other end; a matrix of three is refused anyway"),
     ("logits.size(-1)", "logits.size(1)", "the same axis, counted from the other end"),
     ("argmax(dim=-1, keepdim", "argmax(dim=1, keepdim", "the same axis, counted from the other end"),
     ("/ temperature, dim=-1)", "/ temperature, dim=1)", "the same axis, counted from the other end"),

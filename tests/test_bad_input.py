@@ -235,7 +235,8 @@ def test_bad_runs(places, tmp_path, monkeypatch, capsys):
     rng, names, outcomes = random.Random(0), flags(capsys), set()
     monkeypatch.chdir(tmp_path)
     files = [str(places / name) for name in ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")]
-    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "both", "soft_prompt", "full", "none", "chat", "cpu", *files]
+    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "both", "soft_prompt", "full", "none", "chat", "cpu", "cpu:x"]
+    words += ["", "9" * 30, "1e308", "1e38", *files]
     for _ in range(100):
         argv = ["--base", files[0], "--data", files[1], "--steps", "1", "--batch-size", "2", "--out", "out"]
         argv += [rng.choice(names), rng.choice([*words, text(rng)])]

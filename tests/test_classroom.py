@@ -1,29 +1,24 @@
 """The scripts of classroom/: what they measure is what they say, and an interruption loses nothing."""
 
 import json
-import sys
 from pathlib import Path
 
+import common
+import compare
+import inspect_adapter
 import pytest
 import torch
 from conftest import C, H, L, random_ids
-from test_train import base  # noqa: F401  (the miniature of the pretrained base)
 from torch.testing import assert_close
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
-
-import common  # noqa: E402
-import compare  # noqa: E402
-import inspect_adapter  # noqa: E402
-
-import data  # noqa: E402
-import train  # noqa: E402
-from prefix import Prefix  # noqa: E402
-from soft_prompt import SoftPrompt  # noqa: E402
+import data
+import train
+from prefix import Prefix
+from soft_prompt import SoftPrompt
 
 
 @pytest.fixture
-def flags(base, tmp_path, monkeypatch) -> list[str]:  # noqa: F811
+def flags(base, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     return ["--base", base, "--device", "cpu", "--data", str(Path(base).parent / "forty.jsonl"), "--batch-size", "4"]
 

@@ -2,27 +2,22 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
+import exp6_positions
 import pytest
 import torch
-from test_train import base  # noqa: F401  (the miniature of the pretrained base)
 
-CLASSROOM = Path(__file__).parent.parent / "classroom"
-sys.path.insert(0, str(CLASSROOM))
-NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
-
-import exp6_positions  # noqa: E402
+NAMES = sorted(path.stem for path in Path(exp6_positions.__file__).parent.glob("exp*.py"))
 
 
-def experiment(name, base, out) -> dict:  # noqa: F811
+def experiment(name, base, out) -> dict:
     importlib.import_module(name).main(["--quick", "--base", base, "--device", "cpu", "--out", str(out)])
     return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, capsys):  # noqa: F811
+def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, capsys):
     """With the question, the command, the seeds and every single run; and with matplotlib its figure."""
     found = experiment(name, base, tmp_path)
     printed = capsys.readouterr().out
@@ -33,7 +28,7 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
     assert (tmp_path / f"{name}.png").exists() == ("no figure" not in printed)
 
 
-def test_the_identities_hold_to_rounding(base, tmp_path):  # noqa: F811
+def test_the_identities_hold_to_rounding(base, tmp_path):
     """In float64; and in the last layer, whose inputs the prefix has changed, they do not: it acts by changing them."""
     deviations = experiment("exp9_identities", base, tmp_path)["runs"][-1]
     assert all(deviations[name] < 1e-12 for name in ("text", "cache", "rescaling, first layer", "log n, first layer"))

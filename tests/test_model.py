@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from model import GPT, GPTConfig, attend, causal_mask, linear
 
 
+@pytest.mark.ex3
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_reading_in_two_parts_equals_reading_at_once(model, cut):
     """Cached equals uncached, wherever the text is cut, in logits and in the cache itself."""
@@ -24,6 +25,7 @@ def test_reading_in_two_parts_equals_reading_at_once(model, cut):
     assert_close(cache, whole_cache)
 
 
+@pytest.mark.ex3
 def test_a_past_of_batch_one_serves_every_row(model):
     """A batch-1 cache is broadcast: the same as a copy of it for each row."""
     _, past = model(random_ids(1, 4))
@@ -32,6 +34,7 @@ def test_a_past_of_batch_one_serves_every_row(model):
     assert_close(model(idx, past)[0], model(idx, copies)[0])
 
 
+@pytest.mark.ex3
 def test_each_row_is_read_by_itself(model):
     """No row of a batch sees another, so right padding of one never shows in another, nor in what stands before it."""
     a, b = random_ids(1, 6), random_ids(1, 4, seed=1)
@@ -41,6 +44,18 @@ def test_each_row_is_read_by_itself(model):
     assert_close(logits[1:, :4], model(b)[0])
 
 
+@pytest.mark.ex2
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.bfloat16, 2e-2)])
+def test_the_last_positions_attend_to_themselves_and_what_is_before(dtype, tolerance):
+    """Two of five positions ask: the first sees four keys, the second all; in either way that attention is computed."""
+    q, k, v = (torch.randn(3, H, n, D, generator=seeded(seed)).to(dtype) for seed, n in enumerate((2, 5, 5)))
+    y = attend(q, k, v)
+    for i, seen in enumerate((4, 5)):
+        weights = torch.softmax(q[:, :, i : i + 1].double() @ k[:, :, :seen].double().mT / math.sqrt(D), dim=-1)
+        assert_close(y[:, :, i : i + 1].double(), weights @ v[:, :, :seen].double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.ex3
 def test_attention_equals_a_softmax_written_out(model):
     """softmax(q·k / √D) v with the mask as a loop: an absolute oracle, for a wrong scale would pass all relations."""
     x = torch.randn(1, 3, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -88,6 +103,7 @@ def test_a_forward_pass_makes_what_it_needs_on_the_device_of_the_model(model):
         assert model.generate(idx, 4).tolist() == tokens.tolist()
 
 
+@pytest.mark.ex1
 def test_the_mask_lets_a_query_see_the_past_and_itself():
     """Three queries behind a past of two: the triangle touches the lower right corner."""
     assert causal_mask(3, 5, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -155,8 +171,10 @@ def test_a_context_too_long_is_refused_in_one_sentence(model):
     assert model(random_ids(1, 27), past)[0].shape == (1, 27, V)
 
 
+@pytest.mark.ex5
 def test_freezing_closes_every_weight_and_no_path(model):
     """A frozen model has no gradients of its own, and passes them on to its input and to its past."""
+    assert model.requires_grad_().freeze() is model
     x = torch.randn(1, 3, C, dtype=torch.float64, requires_grad=True)
     past = [tuple(t.detach().requires_grad_() for t in kv) for kv in model(random_ids(1, 2))[1]]
     model.forward_embeddings(x, past)[0].sum().backward()
@@ -172,6 +190,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.ex4
 @pytest.mark.parametrize("with_past", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_generation_equals_reading_everything_anew(model, with_past, temperature):
@@ -187,6 +206,7 @@ def test_generation_equals_reading_everything_anew(model, with_past, temperature
     assert got.tolist() == idx.tolist()
 
 
+@pytest.mark.ex4
 def test_generation_leaves_the_past_as_it_was(model):
     past = model(random_ids(1, 3))[1]
     before = [tuple(t.clone() for t in kv) for kv in past]
@@ -194,6 +214,7 @@ def test_generation_leaves_the_past_as_it_was(model):
     assert_close(past, before, rtol=0, atol=0)
 
 
+@pytest.mark.ex4
 def test_a_row_that_has_stopped_is_filled_with_the_stop_token(model):
     """Each row ends at its own stop token; the batch ends when all have. Sampled, so that a row left alone would go on."""
     idx = random_ids(4, 3)
@@ -220,6 +241,7 @@ def test_the_context_may_be_filled_to_its_last_position(model):
         model.generate(random_ids(1, 30), 4)
 
 
+@pytest.mark.ex4
 def test_sampling_follows_the_softmax(model):
     """Frequencies of 4,000 draws lie within five standard errors of softmax(logits / temperature); top-k cuts the rest."""
     idx = random_ids(1, 4).repeat(4000, 1)
@@ -254,7 +276,7 @@ def test_a_saved_model_comes_back_bit_for_bit(model, tmp_path, dtype):
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
-    """Every dtype is rounded by the same steps: from float64 at once, this one number would round up."""
+    """Every dtype is rounded by way of float32: from float64 at once, this one number would round up."""
     model.wte.weight.data[0, 0] = 1 + 2**-8 + 2**-40
     print_of_base = model.fingerprint()
     assert model.float().fingerprint() == print_of_base

@@ -248,7 +248,7 @@ def test_an_adapter_from_peft_loads_here(tmp_path, name, dtype):
     peer, model = peer_base(tmp_path / "base", dtype=dtype)
     theirs = peer_adapter(peer, name)
     theirs.save_pretrained(tmp_path / "adapter")
-    ours = train.load_adapter(tmp_path / "adapter", model)
+    ours = train.load_adapters(tmp_path / "adapter", model)[0]
     assert type(ours) is ADAPTERS[name][0]
     assert_same(model, theirs, [ours])
 
@@ -264,6 +264,6 @@ def test_other_adapters_of_peft_are_refused_by_name(tmp_path, kind, config):
     """P-tuning has prompt_embeddings too, so it is the kind that decides, not what the file holds."""
     peer, model = peer_base(tmp_path / "base")
     peft.get_peft_model(peer, config).save_pretrained(tmp_path / "adapter")
-    for load in (train.load_adapter, Prefix.load, SoftPrompt.load):
+    for load in (train.load_adapters, Prefix.load, SoftPrompt.load):
         with pytest.raises(ValueError, match=kind):
             load(tmp_path / "adapter", model)

@@ -17,6 +17,7 @@ def random_prefix(P: int = 4, seed: int = 1) -> Prefix:
     return Prefix(torch.randn(P, L, 2, H, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
 
 
+@pytest.mark.ex7
 def test_a_prefix_of_a_text_equals_having_the_text_in_the_context(model):
     """The keys and values of real text act exactly as the text itself."""
     text, idx = random_ids(5, seed=1), random_ids(2, 6)
@@ -24,6 +25,7 @@ def test_a_prefix_of_a_text_equals_having_the_text_in_the_context(model):
     assert_close(model(idx, Prefix.text(model, text).past_kv(model))[0], model(both)[0][:, 5:])
 
 
+@pytest.mark.ex6
 def test_every_row_lands_in_its_layer_head_and_place(model):
     """(P, L, 2, H, D): no axis is swapped on the way into the cache."""
     prefix = random_prefix(P=3)
@@ -34,6 +36,7 @@ def test_every_row_lands_in_its_layer_head_and_place(model):
             assert_close(v[0, :, p], prefix.start[p, layer, 1])
 
 
+@pytest.mark.ex6
 def test_the_rows_are_a_set(model):
     """Shuffled, they change nothing: no position is added to learned keys. (A soft prompt is a sequence.)"""
     prefix, idx = random_prefix(), random_ids(2, 6)
@@ -41,6 +44,7 @@ def test_the_rows_are_a_set(model):
     assert_close(model(idx, shuffled.past_kv(model))[0], model(idx, prefix.past_kv(model))[0])
 
 
+@pytest.mark.ex6
 def test_a_zero_prefix_is_not_a_no_op(model):
     """A zero key has the score 0, which is not minus infinity: it takes its share of the attention."""
     idx = random_ids(1, 6)
@@ -64,6 +68,7 @@ def test_equal_rows_act_as_one_whose_score_is_larger_by_log_n(model):
     assert_close(attention(q, k_n, v_n), attention(q, k, v, attn_mask=extra))
 
 
+@pytest.mark.ex6
 def test_rows_that_start_equal_never_part(model):
     """Their gradients are equal too, which is why zero initialisation trains P rows as one."""
     prefix = Prefix.zero(model, 4).double()
@@ -92,6 +97,7 @@ def test_under_a_prefix_the_attention_among_content_is_only_rescaled(model):
     assert_close(y.view(H, D), weights[:, 0, :3].sum(dim=-1, keepdim=True).expand(H, D))
 
 
+@pytest.mark.ex6
 def test_only_the_prefix_has_gradients(model):
     prefix = random_prefix()
     model(random_ids(2, 6), prefix.past_kv(model))[0].sum().backward()
@@ -100,6 +106,7 @@ def test_only_the_prefix_has_gradients(model):
     assert "model" not in dict(prefix.named_modules()) and len(list(prefix.parameters())) == 1
 
 
+@pytest.mark.ex6
 def test_stacking_is_associative(model):
     """A prefix behind a prefix is the prefix of both; and a past of many rows takes a prefix for each."""
     a, b, idx = random_prefix(3), random_prefix(2, seed=2), random_ids(2, 5)
@@ -134,6 +141,7 @@ def test_initialisations_are_what_they_say(model):
     assert half.start.dtype == torch.float32 and half.past_kv(random_model().bfloat16())[0][0].dtype == torch.bfloat16
 
 
+@pytest.mark.ex9
 def test_what_it_starts_from_is_copied(model):
     """Training a prefix never changes the tensor, or the prefix, that it was made from."""
     start = torch.zeros(2, L, 2, H, D)
@@ -153,6 +161,7 @@ def test_everything_is_made_on_the_device_of_the_model():
         assert model(idx, adapter.past_kv(model))[0].device.type == "meta"
 
 
+@pytest.mark.ex8
 def test_the_mlp_starts_as_no_change_and_has_the_papers_size(model):
     """C → M → L·2·C with a tanh between (Li & Liang §4.3), added to a start that is held fixed."""
     plain, M = random_prefix(), 10
@@ -167,6 +176,7 @@ def test_the_mlp_starts_as_no_change_and_has_the_papers_size(model):
     assert_close(through.kv(), expected)
 
 
+@pytest.mark.ex9
 def test_baking_folds_the_mlp_into_plain_numbers(model, tmp_path):
     """The same logits with and without it, and only the plain numbers are saved."""
     through, idx = random_prefix().reparametrise(10), random_ids(2, 5)
@@ -191,7 +201,8 @@ def test_a_prefix_for_another_model_is_refused(model):
 @pytest.mark.parametrize("n_layer, n_head", [(L, H), (1, 2), (2, 1), (1, 1)])
 def test_a_saved_prefix_comes_back_bit_for_bit(tmp_path, n_layer, n_head):
     """Of a model of any number of layers and heads; behind another one, too."""
-    model = GPT(GPTConfig(V, BLOCK, n_layer, n_head, C)).freeze()
+    GPT(GPTConfig(V, BLOCK, n_layer, n_head, C)).save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base").freeze()
     prefix = Prefix.random(model, 3)
     prefix.save(tmp_path / "a", model)
     again = Prefix.load(tmp_path / "a", model)

@@ -15,12 +15,14 @@ def random_prompt(P: int = 4) -> SoftPrompt:
     return SoftPrompt(torch.randn(P, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.ex10
 def test_a_prompt_of_embeddings_equals_having_those_tokens_in_the_context(model):
     text, idx = random_ids(5, seed=1), random_ids(2, 6)
     both = torch.cat([text.expand(2, 5), idx], dim=1)
     assert_close(model(idx, SoftPrompt.text(model, text).past_kv(model))[0], model(both)[0][:, 5:])
 
 
+@pytest.mark.ex10
 def test_running_it_once_equals_concatenating_it_to_each_row(model):
     """In values and in gradients. The peers concatenate: B·P positions of work where P do."""
     once, each, idx = random_prompt(), random_prompt(), random_ids(3, 6)
@@ -33,6 +35,7 @@ def test_running_it_once_equals_concatenating_it_to_each_row(model):
     assert_close(once.vectors.grad, each.vectors.grad)
 
 
+@pytest.mark.ex10
 def test_the_vectors_are_a_sequence(model):
     """They stand at positions 0 … P-1 and see each other: shuffled, they are another prompt. (A prefix is a set.)"""
     prompt, idx = random_prompt(), random_ids(1, 5)
@@ -53,6 +56,7 @@ def test_its_cache_is_a_prefix(model, tmp_path):
     assert Prefix.from_cache(prompt_cache).n_stored() == 2 * L * random_prompt().n_stored()
 
 
+@pytest.mark.ex10
 def test_prompts_stack_in_any_order(model):
     """Two prompts are one of both; a prompt behind a prefix sees it, and rows of a mixed batch each get it."""
     a, b, idx = random_prompt(3), SoftPrompt.text(model, random_ids(2, seed=3)), random_ids(2, 5)
@@ -68,6 +72,7 @@ def test_prompts_stack_in_any_order(model):
     assert_close(b_then_prefix[1][1][:, :, 2:], prefix.past_kv(model)[1][1])
 
 
+@pytest.mark.ex10
 def test_only_the_prompt_has_gradients(model):
     prompt = random_prompt()
     model(random_ids(2, 6), prompt.past_kv(model))[0].sum().backward()

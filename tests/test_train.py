@@ -1,7 +1,7 @@
 """What a run promises: the base stays what it was, the same seed gives the same numbers, bad input a sentence."""
 
 import json
-import resource
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_ids, write_jsonl
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -17,19 +18,6 @@ import train
 from model import GPT
 from prefix import Prefix
 from soft_prompt import SoftPrompt
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> str:
-    """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
-    directory = tmp_path_factory.mktemp("base")
-    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
-    write_jsonl(directory / "forty.jsonl", data.task_examples("sentence", "train", 40, 0))
-    return str(directory / "mini")
-
-
-def write_jsonl(path: Path, examples: list[data.Example]) -> None:
-    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
 
 
 def run(base, *flags, out=None, steps=3):
@@ -46,20 +34,21 @@ def rows_of(base, task="sentence", n=8):
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-def test_the_loss_is_the_mean_over_target_positions(base):
-    """Projecting only those positions equals projecting all and ignoring the rest."""
-    model = GPT.from_pretrained(base)
-    batch = data.batch_of(rows_of(base), model.device)
-    logits, targets = train.target_logits(model, batch, None)
-    all_logits, _ = model(batch.idx)
-    expected = torch.nn.functional.cross_entropy(all_logits.flatten(0, 1), batch.targets.flatten())
-    assert_close(torch.nn.functional.cross_entropy(logits, targets), expected)
+@pytest.mark.ex11
+def test_the_loss_is_the_mean_over_target_positions(model):
+    """Projecting only those positions equals projecting all and ignoring the rest; behind a past, too."""
+    batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9]), data.Row([5, 4], [3])], model.device)
+    for past_kv in (None, model(random_ids(1, 4))[1]):
+        logits, targets = train.target_logits(model, batch, past_kv)
+        all_logits, _ = model(batch.idx, past_kv)
+        expected = torch.nn.functional.cross_entropy(all_logits.float().flatten(0, 1), batch.targets.flatten())
+        assert_close(torch.nn.functional.cross_entropy(logits, targets), expected)
 
 
-def test_exact_match_is_what_generation_would_give(base):
+@pytest.mark.ex12
+def test_exact_match_is_what_generation_would_give(model):
     """One forward pass tells which rows greedy decoding gets right, its stop included; the loss weighs tokens alike."""
-    model = GPT.from_pretrained(base).freeze()
-    rows = rows_of(base, "sentiment", 12)
+    rows = [data.Row(random_ids(i + 1, seed=i).tolist(), random_ids(i % 3 + 1, seed=50 + i).tolist()) for i in range(12)]
     for i in (1, 4, 7):  # three rows that are right: let the target be what the model says
         said = model.generate(torch.tensor([rows[i].source]), 3)[0, -3:].tolist()
         rows[i] = data.Row(rows[i].source, said)
@@ -108,6 +97,30 @@ def test_two_runs_with_one_seed_give_the_same_numbers(base, tmp_path):
     for result in results:
         del result["seconds_train"]
     assert results[0] == results[1] != results[2]
+
+
+def test_tuning_written_out(base, monkeypatch):
+    """AdamW (Loshchilov & Hutter 2019) without decay, on the mean loss of each batch, at a rate that rises and falls."""
+    model, rows = GPT.from_pretrained(base).freeze(), rows_of(base, n=6)
+    prompt = SoftPrompt.text(model, torch.arange(3))
+    x = prompt.vectors.detach().clone().requires_grad_()
+    args = train.parse(["--steps", "12", "--lr", "0.05", "--batch-size", "4", "--eval-every", "5", "--out", "unused"])
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t, batch_rows in enumerate(train.shuffled_batches(rows, args), start=1):
+        batch = data.batch_of(batch_rows, model.device)
+        _, past_kv = model.forward_embeddings(x[None])
+        loss = torch.nn.functional.cross_entropy(model(batch.idx, past_kv)[0].flatten(0, 1), batch.targets.flatten())
+        (g,) = torch.autograd.grad(loss, x)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        rate = 0.05 * min(t / 10, (12 - t + 1) / 12)
+        x = (x - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)).detach().requires_grad_()
+    sizes, logits = [], train.target_logits
+    monkeypatch.setattr(train, "target_logits", lambda *given: sizes.append(len(given[1].idx)) or logits(*given))
+    run = train.Run("sentence", model, data.load_tokenizer(base), [prompt], {}, {"train": rows, "validation": rows})
+    curve = train.tune(run, args)
+    assert_close(prompt.vectors.data, x.data, rtol=1e-3, atol=1e-4)
+    assert [step for step, _ in curve] == [0, 5, 10, 12] and set(sizes) == {4, 2}  # six rows are looked at in two parts
+    assert curve[-1][1] == train.evaluate(model, [prompt], rows, 4)[0] < curve[0][1]
 
 
 def test_training_moves_the_adapters_and_nothing_else(base):
@@ -226,6 +239,21 @@ def test_two_processes_train_the_adapter_that_one_does(base, tmp_path):
     assert_close(one, two, rtol=1e-3, atol=1e-5)
     done = subprocess.run([*torchrun, *flags, "--batch-size", "1"], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "--batch-size 1 for 2 processes" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
+    """With an error, not with a wait for ever; the last checkpoint stays."""
+    flags = ["--base", base, "--device", "cpu", "--steps", "20000", "--batch-size", "4", "--save-every", "5"]
+    flags += ["--eval-every", "10000", "--data", str(Path(base).parent / "forty.jsonl"), "--out", str(tmp_path / "out")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train.__file__]
+    process = subprocess.Popen([*torchrun, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out" / data.CHECKPOINT).exists():
+        assert process.poll() is None
+    _, second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [data.CHECKPOINT]
 
 
 # ----------------------------------------------------------------------------------------- starting from what was saved
@@ -401,7 +429,13 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--n-virtual", "0"], "--n-virtual 0: give 1 or more"),
+        (["--n-virtual", "0"], "--n-virtual 0: give 1 to 100000"),
+        (["--mid-dim", "10001"], "--mid-dim 10001: give 1 to 10000"),
+        (["--seed", "-1"], "--seed -1: give 0 to "),
+        (["--seed", str(2**63)], "--seed 9223372036854775808: give 0 to "),
+        (["--lr", "1e39"], "--lr 1e\\+39: give a positive number"),
+        (["--base", ""], "vocab.json does not exist"),
+        (["--device", "cpu:x"], "--device cpu:x .* is not there"),
         (["--n-virtual", "128"], "example 1 takes .* positions, and 0 are left"),
         (["--n-virtual", "129"], "129 new positions > block_size 128: .* lower --n-virtual"),
         (["--method", "soft_prompt", "--init", "random", "--n-virtual", "129"], "129 new positions > block_size 128"),
@@ -462,6 +496,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(base, tmp_path):
 
 def test_a_full_disk_gets_a_sentence_and_the_old_files_stay(base, tmp_path):
     """Files of more than 20 kB cannot be written here: the adapter needs 33 kB, its checkpoint three times that."""
+    resource = pytest.importorskip("resource")
     run(base, out=tmp_path / "out")
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
 

@@ -1,0 +1,123 @@
+"""Takes the solution of an exercise out of the code, and brings it back: the finished project is the solution.
+
+    python classroom/blank.py --list
+    python classroom/blank.py 3              the body of a function is gone; its docstring says what to write
+    pytest -m ex3                            grades what you wrote
+    python classroom/blank.py --restore 3    the solution is back, and your version lies beside it in out/exercises
+
+Exercises come in the order of learning, and none needs a later one. So the rule of the markers: with exercise N blank, every
+test marked exN fails, and every test of an exercise before it passes. However many are blank, whoever fills them in from
+the first to the last sees one marker after another turn green.
+"""
+
+import argparse
+import ast
+import itertools
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+# Nothing of the project is imported: this has to work on files that, halfway through an exercise, do not.
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "out" / "exercises"
+
+
+class Exercise(NamedTuple):
+    title: str
+    file: str
+    function: str
+    minutes: int
+    difficulty: str
+
+
+EXERCISES = {
+    1: Exercise("the causal mask with a past", "model.py", "causal_mask", 10, "easy"),
+    2: Exercise("attention", "model.py", "attend", 15, "medium"),
+    3: Exercise("attention with a past", "model.py", "Attention.forward", 25, "medium"),
+    4: Exercise("the cache in generation", "model.py", "GPT.generate", 35, "hard"),
+    5: Exercise("freezing", "model.py", "GPT.freeze", 5, "easy"),
+    6: Exercise("a prefix is a cache", "prefix.py", "Prefix.past_kv", 25, "medium"),
+    7: Exercise("a prefix from text", "prefix.py", "Prefix.text", 10, "easy"),
+    8: Exercise("the MLP of the paper", "prefix.py", "Prefix.reparametrise", 20, "medium"),
+    9: Exercise("baking the MLP", "prefix.py", "Prefix.bake", 5, "easy"),
+    10: Exercise("a soft prompt is an input", "soft_prompt.py", "SoftPrompt.past_kv", 15, "medium"),
+    11: Exercise("the loss at target positions", "train.py", "target_logits", 20, "medium"),
+    12: Exercise("exact match from one forward pass", "train.py", "evaluate", 30, "hard"),
+}
+
+
+def solution(number: int) -> Path:
+    """-> where the solution of an exercise lies as long as it is out of the code."""
+    return KEPT / f"ex{number}-solution.py"
+
+
+def parts(file: str, function: str) -> tuple[bytes, bytes, bytes, bytes]:
+    """-> a file in four: all before the function, its signature and docstring, its body, all behind it."""
+    source = (ROOT / file).read_bytes()
+    try:
+        node = ast.parse(source)
+        for name in function.split("."):
+            node = next(child for child in node.body if getattr(child, "name", None) == name)
+    except SyntaxError as error:
+        raise ValueError(f"{file} line {error.lineno} is not Python ({error.msg}): repair it first") from None
+    except StopIteration:
+        raise ValueError(f"{file} has no {function} any more: put its def line back first") from None
+    lines = source.splitlines(keepends=True)
+    cuts = [0, node.lineno - 1, node.body[0].end_lineno, node.end_lineno, len(lines)]
+    return tuple(b"".join(lines[a:b]) for a, b in zip(cuts, cuts[1:]))
+
+
+def blank(number: int, force: bool) -> None:
+    """Moves the body of a function to out/exercises. Raises ValueError if something of the student's could be lost."""
+    title, file, function, *_ = EXERCISES[number]
+    if solution(number).exists():
+        raise ValueError(f"exercise {number} is blank already: fill in {function} in {file}, or --restore {number}")
+    git = subprocess.run(f"git status --porcelain -- {file}", shell=True, cwd=ROOT, capture_output=True)
+    if not force and (git.returncode or git.stdout):
+        raise ValueError(f"{file} has changes that are not committed, or there is no git here to tell: commit, or add --force")
+    before, head, body, behind = parts(file, function)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    solution(number).write_bytes(head + body)
+    indent, line_end = body[: len(body) - len(body.lstrip(b" "))], head[len(head.rstrip(b"\r\n")) :]
+    stub = indent + f'raise NotImplementedError("Exercise {number}: {title}")'.encode() + line_end
+    (ROOT / file).write_bytes(before + head + stub + behind)
+    print(f"{file}: write {function} as its docstring says; pytest -m ex{number} grades it")
+
+
+def restore(number: int) -> None:
+    """Puts the solution back, and the student's version beside it."""
+    _, file, function, *_ = EXERCISES[number]
+    if not solution(number).exists():
+        raise ValueError(f"exercise {number} is not blank: {file} holds the solution, or `git checkout {file}` brings it back")
+    before, head, body, behind = parts(file, function)
+    attempts = (KEPT / f"ex{number}-attempt{i}.py" for i in itertools.count(1))
+    mine = next(path for path in attempts if not path.exists())
+    mine.write_bytes(head + body)
+    (ROOT / file).write_bytes(before + solution(number).read_bytes() + behind)
+    solution(number).unlink()
+    print(f"{file}: the solution of exercise {number} is back; your version is in {mine.relative_to(ROOT)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", nargs="?", metavar="N", type=int, help="of the exercise")
+    parser.add_argument("--restore", action="store_true", help="bring the solution of N back")
+    parser.add_argument("--list", action="store_true", help="show all exercises")
+    parser.add_argument("--force", action="store_true", help="blank a function of a file that has uncommitted changes")
+    args = parser.parse_args()
+    try:
+        if args.list:
+            for number, (title, file, function, minutes, difficulty) in EXERCISES.items():
+                print(f"{number:2}  {title:34} {file:15} {function:21} {minutes:2} min  {difficulty}")
+        elif args.number not in EXERCISES:
+            raise ValueError(f"there is no exercise {args.number}: give a number from 1 to {len(EXERCISES)}, or --list")
+        elif args.restore:
+            restore(args.number)
+        else:
+            blank(args.number, args.force)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
