@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         for axis, task in zip(axes[0], TASKS):
             for method, name in METHODS.items():
                 band(axis, numbers, [experiment.measured("loss", task=task, method=method, numbers=n) for n in numbers], name)
-            axis.set(title=task, xlabel="numbers trained", ylabel="validation loss, nats per token", xscale="log", yscale="log")
+            axis.set(title=task, xlabel="numbers trained", ylabel="validation loss, nats per token", xscale="log")
+            axis.set_xticks(numbers, numbers)
+            axis.minorticks_off()
         axes[0][0].legend()
 
     header = ["task", "numbers", *(f"{name}: {what}" for name in METHODS.values() for what in ("tokens", "loss", "exact %"))]

@@ -44,3 +44,12 @@ def test_the_two_bases_of_experiment_6_differ_in_positions_alone():
     for row, moved in zip(start.tolist(), anywhere.tolist()):
         assert [i for i in row if i != end] == [i for i in moved if i != end]
     assert {row.index(4) for row in anywhere.tolist() if 4 in row and 1 not in row} == {0, 1, 2, 3}  # its end stays visible
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_shows_each_experiment(name):
+    """Its question and its figure; and the full results lie beside, of three seeds."""
+    readme = (CLASSROOM / "README.md").read_text(encoding="utf-8")
+    found = json.loads((CLASSROOM / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert f"## {found['question']}\n\n![](results/{name}.png)" in readme and (CLASSROOM / "results" / f"{name}.png").exists()
+    assert found["command"] == f"python classroom/{name}.py" and found["seeds"] == [0, 1, 2]
