@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import statistics
@@ -42,6 +43,14 @@ def attention(model: GPT, idx: Tensor, past_kv: KVCache | None = None) -> Tensor
         mask = causal_mask(idx.size(1), S, idx.device)
         weights.append(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1))
     return torch.stack(weights)
+
+
+@torch.no_grad()
+def moved(model: GPT, n: int) -> GPT:
+    """-> the model with its positions moved: a text with nothing in front is where n virtual tokens would have put it."""
+    model = copy.deepcopy(model)
+    model.wpe.weight.copy_(model.wpe.weight.roll(-n, dims=0))
+    return model
 
 
 def kept_for_backward(model: GPT, forward: Callable[[], Tensor]) -> int:

@@ -4,15 +4,15 @@
 
 Virtual tokens take the positions 0 … P-1, so the text moves to P and beyond. Two small bases are pretrained on windows of one
 document each, padded with the end of text: in the one, all documents start at position 0; in the other, anywhere in the window.
-That is their only difference. Then each gets prefixes of several lengths for the task sentence: what do they cost before
-training, when they are a text in front of the text, and what does training make of it? Full fine-tuning moves nothing.
+That is their only difference. What does it cost each of them, frozen, that the text of the task sentence is moved by P positions,
+with nothing in front? And what does a trained prefix of P tokens make of it? Full fine-tuning moves nothing.
 """
 
 import contextlib
 import io
 
 import torch
-from common import Experiment, band, spread, train
+from common import Experiment, band, moved, spread, train
 from torch import Tensor
 
 
@@ -38,29 +38,31 @@ BASES = {"documents at position 0": at_the_start, "documents anywhere": anywhere
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    lengths = experiment.grid([1, 4, 16, 32, 64])
-    methods = {f"prefix {P}": ["--n-virtual", P] for P in lengths} | {"full fine-tuning": ["--method", "full"]}
+    lengths = experiment.grid([1, 4, 16, 64])
+    methods = {f"P = {P}": (P, ["--n-virtual", P]) for P in lengths} | {"full fine-tuning": (0, ["--method", "full"])}
     rows = []
     for base, (name, windows) in enumerate(BASES.items()):
         out = experiment.folder / f"base{base}"
         args = experiment.parse("--method", "pretrain", "--out", out)
         with contextlib.redirect_stdout(io.StringIO()):
             train.pretrain(out, args, train.pick_device(args.device), windows)
-        for method, own in methods.items():
+        frozen, _ = train.load_base(experiment.parse("--base", out))
+        for method, (P, own) in methods.items():
             for seed in experiment.seeds:
                 run, curve = experiment.tuned("--base", out, "--task", "sentence", *own, seed=seed)
                 _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
-                found = {"base": name, "method": method, "seed": seed, "start": curve[0][1], "loss": curve[-1][1]}
-                experiment.runs.append(found | {"exact": train.share(exact)})
-        for key, label, digits in [("start", "loss before", 3), ("loss", "loss after", 4), ("exact", "exact match % after", 1)]:
+                found = {"base": name, "method": method, "seed": seed, "loss": curve[-1][1], "exact": train.share(exact)}
+                found["moved"], _ = train.evaluate(moved(frozen, P), [], run.rows["validation"], 50)
+                experiment.runs.append(found)
+        for key, label, digits in [("moved", "loss, frozen", 3), ("loss", "loss, trained", 4), ("exact", "exact %, trained", 1)]:
             cells = [spread(experiment.measured(key, base=name, method=method), digits) for method in methods]
             rows.append([name, label, *cells])
 
     def draw(axes) -> None:
-        for axis, (key, title) in zip(axes[0], [("start", "before training"), ("loss", "after training")]):
+        for axis, (key, title) in zip(axes[0], [("moved", "frozen, moved by P"), ("loss", "behind a trained prefix of P")]):
             for name in BASES:
-                band(axis, lengths, [experiment.measured(key, base=name, method=f"prefix {P}") for P in lengths], name)
-            axis.set(title=title, xlabel="virtual tokens of the prefix", ylabel="validation loss, nats per token")
+                band(axis, lengths, [experiment.measured(key, base=name, method=f"P = {P}") for P in lengths], name)
+            axis.set(title=title, xlabel="P", ylabel="validation loss, nats per token")
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(lengths, lengths)
         axes[0][0].legend()

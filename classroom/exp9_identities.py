@@ -13,20 +13,11 @@ The last two hold in each layer for what enters it. So they are shown in the fir
 the last one, whose inputs the prefix has changed below, the same comparison shows how much a prefix does in the end.
 """
 
-import copy
 import math
 
 import torch
-from common import Experiment, Prefix, SoftPrompt, attention, data, train
+from common import Experiment, Prefix, SoftPrompt, attention, data, moved, train
 from torch import Tensor
-
-
-@torch.no_grad()
-def moved(model: train.GPT, n: int) -> train.GPT:
-    """-> the model with its positions moved: a text without a past is where n virtual tokens would have put it."""
-    model = copy.deepcopy(model)
-    model.wpe.weight.copy_(model.wpe.weight.roll(-n, dims=0))
-    return model
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import exp6_positions
 import pytest
 import torch
 
-NAMES = sorted(path.stem for path in Path(exp6_positions.__file__).parent.glob("exp*.py"))
+CLASSROOM = Path(exp6_positions.__file__).parent
+NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
 
 
 def experiment(name, base, out) -> dict:
