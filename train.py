@@ -142,7 +142,7 @@ def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
 
     if step == 0:
         validate()
-        print(f"start    validation loss {curve[0][1]:.3f}, with the untrained adapter")
+        print(f"start    validation loss {curve[0][1]:.3f}, before the first step")
     with postponed_interrupt() as interrupts:
         for rows in islice(shuffled_batches(run.rows["train"], args), step, None):
             rank, processes = this_process()

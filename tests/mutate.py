@@ -336,9 +336,10 @@ def in_child(do: Callable[[], int]) -> int:
 
 
 def run_pytest(*options: str, plugins: tuple = ()) -> int:
-    """All tests but the slow cross-checks, without what would cost each break tenths of a second."""
+    """All tests but the slow ones, the peers' and the classroom's, without what would cost each break tenths of a second."""
     lean = ["--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
-    return int(pytest.main(["-x", "-q", *lean, *options, "--ignore", "tests/test_peers.py", "tests"], plugins))
+    slow = [f"--ignore=tests/test_{name}.py" for name in ("peers", "classroom", "exercises", "experiments")]
+    return int(pytest.main(["-x", "-q", *lean, *options, *slow, "tests"], plugins))
 
 
 def try_break(b: Break, trees: dict[str, ast.Module], tracer: Tracer, directory: Path) -> int:

@@ -82,7 +82,7 @@ def test_only_the_prompt_has_gradients(model):
 
 
 def test_initialisations_are_what_they_say(model):
-    """random: uniform ±0.5. vocab: embeddings of the ids given, none twice while there are enough. A seed fixes both."""
+    """zero: zeros. random: uniform ±0.5. vocab: embeddings of the ids given, none twice while there are enough. A seed fixes both."""
     drawn = SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors
     assert_close(drawn, SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors, rtol=0, atol=0)
     one, again = (SoftPrompt.vocab(model, random_ids(40), 9, torch.Generator().manual_seed(0)).vectors for _ in range(2))
@@ -93,6 +93,7 @@ def test_initialisations_are_what_they_say(model):
         prompt = SoftPrompt.vocab(model, frequent, 4, torch.Generator().manual_seed(seed))
         assert sorted(prompt.nearest_tokens(model).flatten().tolist()) == [3, 7, 11, 20]
     assert len(SoftPrompt.vocab(model, frequent, 9).vectors) == 9
+    assert_close(SoftPrompt.zero(model, 3).vectors.data, torch.zeros(3, C))
 
 
 def test_on_a_bfloat16_base_the_vectors_stay_float32():

@@ -288,6 +288,7 @@ def stopped_run(base, out, monkeypatch, *flags, after: int):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"stopped after step {after}; .* --resume"):
         patch.setattr(train, "target_logits", interrupted)
         run(base, *flags, out=out, steps=7)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is what it was
 
 
 @pytest.mark.parametrize(
