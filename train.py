@@ -272,7 +272,7 @@ def load_checkpoint(
 
 def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """(N,) ids -> (n, length) windows of them that start anywhere, so that the base meets every text at every position:
-    a prefix will shift the text, and positions that a base never saw it cannot use."""
+    virtual tokens will shift the text. What it costs to leave this out: classroom/exp6_positions.py."""
     starts = torch.randint(len(stream) - length + 1, (n, 1), generator=generator)
     return stream[starts + torch.arange(length)]
 

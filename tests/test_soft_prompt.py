@@ -82,7 +82,7 @@ def test_only_the_prompt_has_gradients(model):
 
 
 def test_initialisations_are_what_they_say(model):
-    """zero: zeros. random: uniform ±0.5. vocab: embeddings of the ids given, none twice while there are enough. A seed fixes both."""
+    """zero: zeros. random: uniform ±0.5. vocab: embeddings of given ids, none twice while there are enough. A seed fixes both."""
     drawn = SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors
     assert_close(drawn, SoftPrompt.random(model, 300, torch.Generator().manual_seed(0)).vectors, rtol=0, atol=0)
     one, again = (SoftPrompt.vocab(model, random_ids(40), 9, torch.Generator().manual_seed(0)).vectors for _ in range(2))
