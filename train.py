@@ -134,6 +134,7 @@ def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
     checkpoint, settings = args.out / data.CHECKPOINT, settings_of(run, args)
     step, curve = load_checkpoint(checkpoint, trainee, optimizer, settings, args.resume)
     progress = Progress(step, args.steps)
+    rank, processes = this_process()
 
     def validate() -> None:
         loss, _ = evaluate(run.model, run.adapters, run.rows["validation"], args.batch_size)
@@ -145,7 +146,6 @@ def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
         print(f"start    validation loss {curve[0][1]:.3f}, before the first step")
     with postponed_interrupt() as interrupts:
         for rows in islice(shuffled_batches(run.rows["train"], args), step, None):
-            rank, processes = this_process()
             batch = data.batch_of(rows[rank::processes], run.model.device)
             logits, targets = target_logits(run.model, batch, stacked_past_kv(run.adapters, run.model))
             loss = F.cross_entropy(logits, targets, reduction="sum") / sum(len(row.target) for row in rows)
@@ -173,7 +173,7 @@ class Diverged(ValueError):
 
 def check_finite(loss: float, lr: float) -> None:
     if not math.isfinite(loss):
-        raise Diverged(f"the loss became {loss} with --lr {lr:g}: lower it. Nothing was saved, nothing overwritten")
+        raise Diverged(f"the loss became {loss} with --lr {lr:g}: lower it. What --out held before is untouched")
 
 
 def shuffled_batches(rows: list[Row], args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -252,11 +252,10 @@ def load_checkpoint(
         return 0, []
     try:
         with safe_open(file, "pt") as opened:
-            metadata = {key: json.loads(value) for key, value in opened.metadata().items()}
+            step, curve, found = (json.loads(opened.metadata()[key]) for key in ("step", "curve", "settings"))
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, AttributeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the middle two: it has other metadata, or none
         raise ValueError(f"{file} is not a whole checkpoint ({error}): delete it to start anew") from None
-    step, found = metadata["step"], metadata["settings"]
     if not resume:
         raise ValueError(f"{file} is of a run that was stopped after step {step}: add --resume to go on, or delete it")
     for name, value in settings.items():
@@ -267,7 +266,7 @@ def load_checkpoint(
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     trainee.load_state_dict(tensors)
     print(f"resuming after step {step}")
-    return step, [tuple(point) for point in metadata["curve"]]
+    return step, [tuple(point) for point in curve]
 
 
 def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:

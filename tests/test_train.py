@@ -349,6 +349,10 @@ def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
     file.write_bytes(before[:-9])
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         run(base, "--resume", out=tmp_path / "out", steps=7)
+    for metadata in (None, {"step": "2"}):
+        save_file({"x": torch.zeros(1)}, file, metadata=metadata)
+        with pytest.raises(ValueError, match="is not a whole checkpoint"):
+            run(base, "--resume", out=tmp_path / "out", steps=7)
 
 
 def test_the_readmes_python_runs(base, tmp_path, monkeypatch):
