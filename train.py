@@ -42,6 +42,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # or MKL's sums depend on wher
 
 DEFAULT_BASE = Path("out/base")
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
+LOGITS_AT_ONCE = 2**22  # numbers, so 16 MB
 
 
 class Recipe(NamedTuple):
@@ -85,17 +86,42 @@ def stacked_past_kv(adapters: list[nn.Module], model: GPT) -> KVCache | None:
     return past_kv
 
 
-def target_logits(model: GPT, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
-    """-> (N, V) float32 logits and (N,) ids, at the N positions of the batch that predict a target.
+def target_hidden(model: GPT, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
+    """-> (N, C) hidden states and (N,) ids, at the N positions of the batch that predict a target.
 
-    The source is read, not scored, so its hidden states skip the projection onto the vocabulary, on GPT-2 a third of
-    the arithmetic of a step, and most of the last block.
+    The source is read, not scored, so its positions skip the projection onto the vocabulary, on GPT-2 a third of the
+    arithmetic of a step, and most of the last block.
     """
     first = int((batch.targets != IGNORE).any(dim=0).int().argmax())  # no row has a target before it
     targets = batch.targets[:, first:]  # (B, last)
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv, last=targets.size(1))  # (B, last, C)
     scored = targets != IGNORE
-    return model.unembed(hidden[scored]).float(), targets[scored]
+    return hidden[scored], targets[scored]
+
+
+def logits_in_parts(model: GPT, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(N, C), (N,) -> (n, V) float32 logits and (n,) ids, of some positions at a time.
+
+    V is so much wider than C that the logits of a whole batch would be the largest thing in memory.
+    """
+    n = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    for some, ids in zip(hidden.split(n), targets.split(n)):
+        yield model.unembed(some).float(), ids
+
+
+def backward(model: GPT, hidden: Tensor, targets: Tensor, n_targets: int) -> Tensor:
+    """(N, C), (N,) -> the loss, summed over these positions and divided by n_targets; its gradients are computed.
+
+    The same as loss.backward() on all logits. But those of one part are gone before the next one's are made: the
+    gradients of all parts gather at `cut`, where the graph is cut open, and go on through the blocks together.
+    """
+    loss, cut = 0.0, hidden.detach().requires_grad_()
+    for logits, ids in logits_in_parts(model, cut, targets):
+        part = F.cross_entropy(logits, ids, reduction="sum") / n_targets
+        part.backward()
+        loss += part.detach()
+    hidden.backward(cut.grad)
+    return loss
 
 
 @torch.no_grad()
@@ -111,11 +137,14 @@ def evaluate(model: GPT, adapters: list[nn.Module], rows: list[Row], batch_size:
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         batch = data.batch_of([rows[i] for i in chunk], model.device)
-        logits, targets = target_logits(model, batch, past_kv)
-        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        hidden, targets = target_hidden(model, batch, past_kv)
+        likeliest = []
+        for logits, ids in logits_in_parts(model, hidden, targets):
+            total += F.cross_entropy(logits, ids, reduction="sum").item()
+            likeliest.append(logits.argmax(dim=-1))
         count += len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row that a scored position is in
-        for b in row_of[logits.argmax(dim=-1) != targets].unique().tolist():
+        for b in row_of[torch.cat(likeliest) != targets].unique().tolist():
             exact[chunk[b]] = False
     return total / count, exact
 
@@ -147,10 +176,9 @@ def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
     with postponed_interrupt() as interrupts:
         for rows in islice(shuffled_batches(run.rows["train"], args), step, None):
             batch = data.batch_of(rows[rank::processes], run.model.device)
-            logits, targets = target_logits(run.model, batch, stacked_past_kv(run.adapters, run.model))
-            loss = F.cross_entropy(logits, targets, reduction="sum") / sum(len(row.target) for row in rows)
+            hidden, targets = target_hidden(run.model, batch, stacked_past_kv(run.adapters, run.model))
             optimizer.zero_grad()
-            loss.backward()
+            loss = backward(run.model, hidden, targets, n_targets=sum(len(row.target) for row in rows))
             loss = summed_over_processes(loss, trainee).item()
             check_finite(loss, args.lr)
             # a short warm-up, then a straight line down (Li & Liang, appendix)
@@ -194,7 +222,6 @@ def this_process() -> tuple[int, int]:
 
 def summed_over_processes(loss: Tensor, trainee: nn.Module) -> Tensor:
     """-> the loss over the rows of all processes; the gradients are summed in place. Nothing else has to travel."""
-    loss = loss.detach()
     if dist.is_initialized():
         for tensor in (loss, *(p.grad for p in trainee.parameters() if p.requires_grad)):
             dist.all_reduce(tensor)

@@ -41,7 +41,7 @@ EXERCISES = {
     8: Exercise("the MLP of the paper", "prefix.py", "Prefix.reparametrise", 20, "medium"),
     9: Exercise("baking the MLP", "prefix.py", "Prefix.bake", 5, "easy"),
     10: Exercise("a soft prompt is an input", "soft_prompt.py", "SoftPrompt.past_kv", 15, "medium"),
-    11: Exercise("the loss at target positions", "train.py", "target_logits", 20, "medium"),
+    11: Exercise("the loss at target positions", "train.py", "target_hidden", 20, "medium"),
     12: Exercise("exact match from one forward pass", "train.py", "evaluate", 30, "hard"),
 }
 

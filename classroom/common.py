@@ -53,7 +53,14 @@ def moved(model: GPT, n: int) -> GPT:
     return model
 
 
-def kept_for_backward(model: GPT, forward: Callable[[], Tensor]) -> int:
+def forward(model: GPT, adapters: list[torch.nn.Module], batch: data.Batch) -> tuple[Tensor, Tensor]:
+    """-> hidden states at the target positions, and the loss of the first part of them: when a training step holds most."""
+    hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
+    logits, ids = next(train.logits_in_parts(model, hidden, targets))
+    return hidden, torch.nn.functional.cross_entropy(logits, ids)
+
+
+def kept_for_backward(model: GPT, forward: Callable[[], object]) -> int:
     """-> the bytes that autograd keeps from a forward pass until the backward pass, the model's own weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -64,8 +71,8 @@ def kept_for_backward(model: GPT, forward: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward()  # held, so that no address comes twice
-    del loss
+        result = forward()  # held, so that no address comes twice
+    del result
     return sum(size for address, size in kept.items() if address not in weights)
 
 

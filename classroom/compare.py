@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import KVCache, band, data, figure, finish, kept_for_backward, markdown, rows_of, spread, train, write_json
+from common import KVCache, band, data, figure, finish, forward, kept_for_backward, markdown, rows_of, spread, train, write_json
 
 NAMES = {
     "none": "frozen base",
@@ -131,8 +131,9 @@ def ensemble_match(run: train.Run, caches: list[KVCache], batch_size: int) -> fl
         chunk = run.rows["test"][start : start + batch_size]
         past_kv = rows_of([cache for cache in caches for _ in chunk])  # (N·B, H, P, D)
         batch = data.batch_of(chunk * N, run.model.device)
-        logits, targets = train.target_logits(run.model, batch, past_kv)
-        chosen = F.log_softmax(logits, dim=-1).view(N, -1, logits.size(-1)).mean(dim=0).argmax(dim=-1)  # (n,)
+        hidden, targets = train.target_hidden(run.model, batch, past_kv)
+        log_p = F.log_softmax(run.model.unembed(hidden).float(), dim=-1)  # (N·n, V)
+        chosen = log_p.unflatten(0, (N, -1)).mean(dim=0).argmax(dim=-1)  # (n,)
         right = chosen == targets[: len(chosen)]
         lengths = [len(row.target) for row in chunk]
         hits += [bool(part.all()) for part in right.split(lengths)]
@@ -170,19 +171,16 @@ def costs(flags: list[str], chosen: dict[str, dict]) -> dict[str, dict]:
         source = torch.tensor([run.rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
 
-        def loss(run=run, batch=batch) -> torch.Tensor:
-            logits, targets = train.target_logits(run.model, batch, train.stacked_past_kv(run.adapters, run.model))
-            return F.cross_entropy(logits, targets)
-
-        def step(loss=loss, optimizer=torch.optim.AdamW(trained, lr=1e-9) if trained else None) -> None:
+        def step(run=run, batch=batch, optimizer=torch.optim.AdamW(trained, lr=1e-9) if trained else None) -> None:
+            hidden, targets = train.target_hidden(run.model, batch, train.stacked_past_kv(run.adapters, run.model))
             optimizer.zero_grad()
-            loss().backward()
+            train.backward(run.model, hidden, targets, len(targets))
             optimizer.step()
 
         n_base = sum(p.numel() for p in model.parameters())
         found[method] = {"trained": n_trained, "stored": n_stored, "share": 100 * n_stored / n_base, "context": n_past}
         found[method] |= {"gradients": 4 * n_trained, "optimizer": 8 * n_trained}  # float32; AdamW keeps two averages
-        found[method]["activations"] = kept_for_backward(model, loss) if trained else 0
+        found[method]["activations"] = kept_for_backward(model, lambda: forward(model, adapters, batch)) if trained else 0
         if trained:
             files = Path(chosen[method]["out"]).rglob("*model.safetensors")
             found[method]["disk"] = sum(file.stat().st_size for file in files)

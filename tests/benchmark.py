@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -30,8 +31,7 @@ os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows product
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from common import data, finish, kept_for_backward, train  # noqa: E402
+from common import data, finish, forward, kept_for_backward, train  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
@@ -91,9 +91,15 @@ def random_rows(size: str, B: int, T: int = SOURCE + TARGET) -> list[data.Row]:
     return [data.Row(row[:-TARGET], row[-TARGET:]) for row in ids]
 
 
-def our_loss(model: GPT, adapters: list[nn.Module], rows: list[data.Row]) -> Callable[[], Tensor]:
+def our_gradients(model: GPT, adapters: list[nn.Module], rows: list[data.Row]) -> Callable[[], Tensor]:
+    """-> what computes the gradients of the mean loss, and returns it."""
     batch = data.batch_of(rows, DEVICE)
-    return lambda: F.cross_entropy(*train.target_logits(model, batch, train.stacked_past_kv(adapters, model)))
+
+    def gradients() -> Tensor:
+        hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
+        return train.backward(model, hidden, targets, len(targets))
+
+    return gradients
 
 
 def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
@@ -102,14 +108,24 @@ def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
     return lambda: model(input_ids=idx, labels=labels).loss
 
 
-def step(trained: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
+def their_gradients(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
+    loss_of = their_loss(model, rows)
+
+    def gradients() -> Tensor:
+        loss = loss_of()
+        loss.backward()
+        return loss
+
+    return gradients
+
+
+def step(trained: nn.Module, gradients: Callable[[], Tensor]) -> Callable[[], float]:
     """-> one training step: forward, backward, AdamW on what is trainable."""
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
     def one() -> float:
-        loss = loss_of()
         optimizer.zero_grad()
-        loss.backward()
+        loss = gradients()
         optimizer.step()
         return loss.item()
 
@@ -169,10 +185,10 @@ def peak_of_this_process(side: str, directory: str, size: str, method: str, P: s
     rows = random_rows(size, int(B))
     if side == "here":
         model, trained = ours(Path(directory), method, int(P))
-        one = step(trained, our_loss(model, [trained], rows))
+        one = step(trained, our_gradients(model, [trained], rows))
     else:
         trained = theirs(Path(directory), method, P=int(P))
-        one = step(trained, their_loss(trained, rows))
+        one = step(trained, their_gradients(trained, rows))
     for _ in range(3):
         one()
     if CUDA:
@@ -202,22 +218,25 @@ class Table:
 def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, peak_flops: dict[torch.dtype, float]) -> None:
     """One training step in both dtypes here and in PEFT, its floor, and what it keeps in memory."""
     rows, shapes = random_rows(size, B), products(size, method, P, B)
-    contestants, losses = {}, {}
+    contestants, kept = {}, {}
     for dtype in (FLOAT32, BFLOAT16):
         directory = base_directory(root, size, dtype)
         model, adapter = ours(directory, method, P)
         peer = theirs(directory, method, adapter)
-        losses[dtype] = ((model, our_loss(model, [adapter], rows)), (peer, their_loss(peer, rows)))
-        a, b = (loss_of().item() for _, loss_of in losses[dtype])
+        sides = our_gradients(model, [adapter], rows), their_gradients(peer, rows)
+        a, b = (gradients().item() for gradients in sides)
         assert abs(a - b) < (1e-4 if dtype == FLOAT32 else 2e-2) * b, f"losses differ: {a} here, {b} in PEFT"
-        contestants["here", dtype] = step(adapter, losses[dtype][0][1])
-        contestants["peft", dtype] = step(peer, losses[dtype][1][1])
+        contestants["here", dtype], contestants["peft", dtype] = map(step, (adapter, peer), sides)
         contestants["floor", dtype] = floor(shapes, dtype)
+        batch = data.batch_of(rows, DEVICE)
+        ways = (model, partial(forward, model, [adapter], batch)), (peer, their_loss(peer, rows))
+        kept[dtype] = [kept_for_backward(*way) / 1e6 for way in ways]
+    taken, spread = seconds(contestants)
     if P == 20:
         whole = GPT.from_pretrained(base_directory(root, size, FLOAT32)).to(DEVICE)
-        contestants["full", FLOAT32] = step(whole, our_loss(whole, [], rows))
-    taken, spread = seconds(contestants)
-    for dtype in losses:
+        pair = {"here": contestants["here", FLOAT32], "full": step(whole, our_gradients(whole, [], rows))}
+        against_full, _ = seconds(pair)
+    for dtype in kept:
         name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
         here, floor_seconds = taken["here", dtype], taken["floor", dtype]
         operations = sum(4 * n * i * o for n, i, o in shapes)  # a product and a sum, forward and backward
@@ -225,10 +244,10 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
         if dtype == BFLOAT16:
             more["/float32"] = here / taken["here", FLOAT32]
         elif P == 20:
-            more["/full"] = here / taken["full", FLOAT32]
+            more["/full"] = against_full["here"] / against_full["full"]
         more["spread"] = spread
         table.add(f"{name} step", "ms", 1e3 * here, 1e3 * taken["peft", dtype], 1e3 * floor_seconds, **more)
-        table.add(f"{name} kept for backward", "MB", *(kept_for_backward(*side) / 1e6 for side in losses[dtype]))
+        table.add(f"{name} kept for backward", "MB", *kept[dtype])
         if P == 20:
             sides = (peak(side, base_directory(root, size, dtype), size, method, P, B) for side in ("here", "peft"))
             table.add(f"{name} peak memory", "MB", *sides)
@@ -260,11 +279,13 @@ def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
         if at["P"] + at["T"] > SIZES[at["size"]].block_size:
             continue
         model, adapter = ours(base_directory(root, at["size"], FLOAT32), "prefix", at["P"])
-        loss_of = our_loss(model, [adapter], random_rows(at["size"], at["B"], at["T"]))
+        rows = random_rows(at["size"], at["B"], at["T"])
         shapes = products(at["size"], "prefix", at["P"], at["B"], at["T"])
-        taken, spread = seconds({"here": step(adapter, loss_of), "floor": floor(shapes, FLOAT32)}, turns=5)
+        one = step(adapter, our_gradients(model, [adapter], rows))
+        taken, spread = seconds({"here": one, "floor": floor(shapes, FLOAT32)}, turns=5)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
-        place = {"axis": axis, "x": x, "kept_mb": kept_for_backward(model, loss_of) / 1e6, "spread": spread}
+        kept = kept_for_backward(model, partial(forward, model, [adapter], data.batch_of(rows, DEVICE)))
+        place = {"axis": axis, "x": x, "kept_mb": kept / 1e6, "spread": spread}
         table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(["--method", "pretrain", "--steps", "40", "--out", str(root / "pretrained")])

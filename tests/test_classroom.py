@@ -70,7 +70,7 @@ def test_an_ensemble_is_the_mean_of_its_members_log_probabilities(model):
     hits = []
     for row in rows:
         batch = data.batch_of([row], model.device)
-        logits = [train.target_logits(model, batch, cache)[0].double() for cache in caches]
+        logits = [model.unembed(train.target_hidden(model, batch, cache)[0]).double() for cache in caches]
         mean = torch.stack(logits).log_softmax(dim=-1).mean(dim=0)
         hits.append(mean.argmax(dim=-1).tolist() == row.target)
     run = train.Run("", model, None, [], {}, {"test": rows})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, write_jsonl
+from conftest import V, random_ids, write_jsonl
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -39,10 +39,30 @@ def test_the_loss_is_the_mean_over_target_positions(model):
     """Projecting only those positions equals projecting all and ignoring the rest; behind a past, too."""
     batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9]), data.Row([5, 4], [3])], model.device)
     for past_kv in (None, model(random_ids(1, 4))[1]):
-        logits, targets = train.target_logits(model, batch, past_kv)
+        hidden, targets = train.target_hidden(model, batch, past_kv)
         all_logits, _ = model(batch.idx, past_kv)
         expected = torch.nn.functional.cross_entropy(all_logits.float().flatten(0, 1), batch.targets.flatten())
-        assert_close(torch.nn.functional.cross_entropy(logits, targets), expected)
+        assert_close(torch.nn.functional.cross_entropy(model.unembed(hidden).float(), targets), expected)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 5, 1000])
+def test_the_loss_in_parts_equals_the_loss_at_once(model, monkeypatch, positions):
+    """However few positions have their logits made at a time: the value, and the gradients of adapter and model."""
+    monkeypatch.setattr(train, "LOGITS_AT_ONCE", positions * V + 1)
+    rows = [data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9]), data.Row([5, 4], [3])]
+    batch, prefix = data.batch_of(rows, model.device), Prefix.text(model, random_ids(3))
+    weights = [*prefix.parameters(), *model.requires_grad_(True).parameters()]
+    logits, _ = model(batch.idx, prefix.past_kv(model))
+    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / 10
+    gradients = torch.autograd.grad(expected, weights)
+    hidden, targets = train.target_hidden(model, batch, prefix.past_kv(model))
+    assert [len(ids) for _, ids in train.logits_in_parts(model, hidden, targets)][0] == min(positions, 6)
+    assert_close(train.backward(model, hidden, targets, n_targets=10), expected.detach())
+    for weight, gradient in zip(weights, gradients):
+        assert_close(weight.grad, gradient, rtol=1e-5, atol=1e-7)
+    loss, exact = train.evaluate(model, [prefix], rows, batch_size=3)
+    monkeypatch.undo()
+    assert train.evaluate(model, [prefix], rows, batch_size=3) == (pytest.approx(loss, rel=1e-6), exact)
 
 
 @pytest.mark.ex12
@@ -114,8 +134,8 @@ def test_tuning_written_out(base, monkeypatch):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         rate = 0.05 * min(t / 10, (12 - t + 1) / 12)
         x = (x - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)).detach().requires_grad_()
-    sizes, logits = [], train.target_logits
-    monkeypatch.setattr(train, "target_logits", lambda *given: sizes.append(len(given[1].idx)) or logits(*given))
+    sizes, hidden = [], train.target_hidden
+    monkeypatch.setattr(train, "target_hidden", lambda *given: sizes.append(len(given[1].idx)) or hidden(*given))
     run = train.Run("sentence", model, data.load_tokenizer(base), [prompt], {}, {"train": rows, "validation": rows})
     curve = train.tune(run, args)
     assert_close(prompt.vectors.data, x.data, rtol=1e-3, atol=1e-4)
@@ -276,17 +296,17 @@ def test_training_goes_on_from_another_tasks_adapter(base, tmp_path, method):
 
 def stopped_run(base, out, monkeypatch, *flags, after: int):
     """A run of seven steps that a Ctrl-C meets within a step."""
-    logits, steps = train.target_logits, []
+    hidden, steps = train.target_hidden, []
 
     def interrupted(model, batch, past_kv):
         if torch.is_grad_enabled():
             steps.append(batch)
             if len(steps) == after:
                 signal.raise_signal(signal.SIGINT)
-        return logits(model, batch, past_kv)
+        return hidden(model, batch, past_kv)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"stopped after step {after}; .* --resume"):
-        patch.setattr(train, "target_logits", interrupted)
+        patch.setattr(train, "target_hidden", interrupted)
         run(base, *flags, out=out, steps=7)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is what it was
 
