@@ -61,6 +61,7 @@ EQUIVALENT = [
     ("if T > 1 else None", "if T >= 1 else None", "a mask that hides nothing; having none is faster"),
     ("causal_mask(T, S, x.device) if T > 1 else None", "causal_mask(T, S, x.device)", "as above"),
     ("@torch.no_grad()", "", "what it saves is memory"),
+    ("with torch.inference_mode():", "if True:", "what it saves is time"),
     ("with torch.device('meta'):", "if True:", "what it saves is memory"),
     ("F.normalize(self.vectors, dim=1)", "F.normalize(self.vectors)", "the default, spelled out"),
     ("to(self.vectors.dtype), dim=1)", "to(self.vectors.dtype))", "the default, spelled out"),

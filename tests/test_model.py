@@ -215,6 +215,15 @@ def test_generation_leaves_the_past_as_it_was(model):
 
 
 @pytest.mark.ex4
+def test_what_was_generated_can_be_trained_on(model):
+    """Nothing is recorded for gradients while it is made, yet it is a tensor like any other."""
+    model.requires_grad_(True)
+    ids = model.generate(random_ids(1, 4), 5, model(random_ids(1, 3))[1])
+    model(ids)[0].sum().backward()
+    assert model.wte.weight.grad is not None
+
+
+@pytest.mark.ex4
 def test_a_row_that_has_stopped_is_filled_with_the_stop_token(model):
     """Each row ends at its own stop token; the batch ends when all have. Sampled, so that a row left alone would go on."""
     idx = random_ids(4, 3)
