@@ -23,6 +23,7 @@ from prefix import Prefix
 from soft_prompt import SoftPrompt
 
 BLOCK = 40
+ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()", "os.abort"]
 NUMBERS = [0, 1, 2, 3, 7, 8, 16, 257, 2**31, 2**63 - 1, 2**64, 10**30, -1, 1.5, 1e308, float("nan"), float("inf")]
 
 
@@ -39,7 +40,7 @@ def anything(rng: random.Random, depth: int = 3):
         return [anything(rng, depth - 1) for _ in range(rng.randrange(4))]
     if kind == 7:
         return {text(rng): anything(rng, depth - 1) for _ in range(rng.randrange(4))}
-    return [None, True, rng.choice(NUMBERS), rng.choice(NUMBERS), text(rng), "x" * 10**5][kind]
+    return [None, True, rng.choice(NUMBERS), rng.choice(ELSEWHERE), text(rng), "x" * 10**5][kind]
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
@@ -130,14 +131,41 @@ def check(action, directory: Path, case) -> bool:
     return error is None
 
 
+class Watch:
+    """What Python does to the world outside of it while this is on: files, imports, code from text, processes, sockets."""
+
+    def __init__(self):
+        self.on, self.seen = False, set()
+        sys.addaudithook(self.note)  # for good: an audit hook cannot be removed
+
+    def note(self, event: str, arguments: tuple) -> None:
+        if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.")):
+            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else arguments))
+
+
+WATCH = Watch()
+
+
 def check_file(places: Path, directory: str, file: str, make, use, n: int) -> None:
-    """n drawn contents of one file, each loaded and used; some succeed and some do not."""
+    """n drawn contents of one file, each loaded and used; some succeed and some do not.
+
+    Whatever a file says, nothing is done but to read the files of its own directory.
+    """
     rng, path = random.Random(f"{directory} {file}"), places / directory / file
     whole, outcomes = path.read_bytes(), set()
+
+    def watched() -> None:
+        WATCH.on, WATCH.seen = True, set()
+        try:
+            use(path.parent)
+        finally:
+            WATCH.on = False
+
     try:
         for i in range(n):
             path.write_bytes(content := make(rng, whole) if i else whole)
-            outcomes.add(check(lambda: use(places / directory), places, content))
+            outcomes.add(check(watched, places, content))
+            assert WATCH.seen <= {("open", str(path.parent))}, content
     finally:
         path.write_bytes(whole)
     assert outcomes == {True, False}

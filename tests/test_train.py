@@ -1,5 +1,6 @@
 """What a run promises: the base stays what it was, the same seed gives the same numbers, bad input a sentence."""
 
+import copy
 import json
 import os
 import signal
@@ -63,6 +64,21 @@ def test_the_loss_in_parts_equals_the_loss_at_once(model, monkeypatch, positions
     loss, exact = train.evaluate(model, [prefix], rows, batch_size=3)
     monkeypatch.undo()
     assert train.evaluate(model, [prefix], rows, batch_size=3) == (pytest.approx(loss, rel=1e-6), exact)
+
+
+@pytest.mark.parametrize("kind", [Prefix, SoftPrompt])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_lower_precision_computes_the_same(model, kind, dtype, tolerance):
+    """Loss, and gradient relative to its largest number: in float32 as in float64 to 1e-5, in bfloat16 to 5 %."""
+    batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9])], model.device)
+    adapter, losses, gradients = kind.text(model, random_ids(4)), [], []
+    for same in (model, copy.deepcopy(model).to(dtype)):
+        adapter.zero_grad()
+        hidden, targets = train.target_hidden(same, batch, adapter.past_kv(same))
+        losses.append(train.backward(same, hidden, targets, len(targets)).item())
+        gradients.append(next(adapter.parameters()).grad)
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    assert (gradients[1] - gradients[0]).abs().max() < tolerance * gradients[0].abs().max()
 
 
 @pytest.mark.ex12
@@ -178,6 +194,16 @@ def test_a_prefix_from_other_starts(base, tmp_path, flags):
     result = run(base, *flags, out=tmp_path / "out", steps=5)
     assert result["loss"] < result["loss_init"] and result["n_stored"] == 8 * 1024
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"].dtype == torch.float32
+
+
+def test_one_thread_and_two_agree_to_rounding(base, tmp_path):
+    one = run(base, out=tmp_path / "one", steps=5)
+    torch.set_num_threads(2)
+    two = run(base, out=tmp_path / "two", steps=5)
+    torch.set_num_threads(1)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    numbers = [load_file(tmp_path / name / "adapter_model.safetensors")["prompt_embeddings"] for name in ("one", "two")]
+    assert_close(*numbers, rtol=1e-3, atol=1e-3)
 
 
 def test_the_embedded_tasks_have_test_data_of_their_own():
