@@ -3,10 +3,12 @@
 import copy
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.testing import assert_close
 
 import data
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
@@ -260,6 +262,58 @@ def test_a_base_from_ones_own_text(tmp_path):
     assert tokenizer.decode(model.generate(ids, 2)[0].tolist()) == "the cat sat on the"
 
 
+def test_pretraining_written_out(tmp_path, monkeypatch):
+    """Which texts, windows that start anywhere, two optimizers, and their rates: up in 30 steps, down in the last 30 %."""
+    rates, LambdaLR = [], torch.optim.lr_scheduler.LambdaLR
+    monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", lambda *given: rates.append(given[1]) or LambdaLR(*given))
+    flags = ["--method", "pretrain", "--steps", "3", "--batch-size", "8", "--seed", "5", "--lr", "0.1"]
+    args = train.parse([*flags, "--out", str(tmp_path / "base")])
+    train.pretrain(args.out, args, torch.device("cpu"))
+    got, tokenizer, rng = GPT.from_pretrained(args.out), data.load_tokenizer(args.out), random.Random(5)
+    texts = [data.random_document(rng) for _ in range(48)]
+    stream = torch.tensor([i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]])
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(tokenizer.n_vocab))
+    torch.nn.init.normal_(model.wte.weight, std=0.4)
+    model.ln_f.weight.data.fill_(0.1)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
+    muon = torch.optim.Muon(matrices, weight_decay=0.1)
+    rest = [p for name, p in model.named_parameters() if not (name.startswith("h.") and p.dim() == 2)]
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(3):
+        starts = torch.randint(len(stream) - 128, (8, 1), generator=generator)
+        tokens = stream[starts + torch.arange(129)]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for optimizer, lr in ((muon, 0.1), (adam, 3e-3)):
+            optimizer.param_groups[0]["lr"] = lr * (step + 1) / 30
+            optimizer.step()
+    for weight, expected in zip(got.parameters(), model.parameters()):
+        assert_close(weight, expected.data, rtol=1e-5, atol=1e-5)
+    args.steps = 100
+    expected = [(i + 1) / 30 for i in range(30)] + [1] * 41 + [i / 30 for i in range(29, 0, -1)]
+    assert [rates[0](step) for step in range(100)] == [rates[1](step) for step in range(100)] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="the loss became nan with --lr 1e\\+30: lower it"):
+        train.main([*flags, "--lr", "1e30", "--device", "cpu", "--out", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
+    """Two seconds and 50 tokens a step, taken up after step 10: a line every tenth, or one that is refreshed every fifth step."""
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    progress = train.Progress(10, 30)
+    for step in range(11, 31):
+        clock.now += 2
+        progress.show(step, 50, "loss 1.0")
+    line = "step {:4}/30  loss 1.0      25 tokens/s  {:3} s left"
+    steps = [15, 20, 25, 30] if terminal else [12, 15, 18, 21, 24, 27, 30]
+    lines = [line.format(step, 2 * (30 - step)) for step in steps]
+    assert capsys.readouterr().out == ("".join("\r" + line for line in lines) if terminal else "\n".join(lines)) + "\n"
+
+
 def test_the_base_saw_every_position(base):
     """Windows start anywhere in the packed stream, so a text shifted by a prefix is a text at home."""
     model, rows = GPT.from_pretrained(base).freeze(), rows_of(base, n=40)
@@ -335,6 +389,15 @@ def stopped_run(base, out, monkeypatch, *flags, after: int):
         patch.setattr(train, "target_hidden", interrupted)
         run(base, *flags, out=out, steps=7)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is what it was
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    """The first is noted, for the step at hand to end; afterwards, all is as it was."""
+    with pytest.raises(KeyboardInterrupt), train.postponed_interrupt() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert len(interrupts) == 1
+        signal.raise_signal(signal.SIGINT)
+    assert len(interrupts) == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
@@ -524,6 +587,14 @@ def test_a_learning_rate_too_high_stops_the_run_and_keeps_the_last_adapter(base,
     with pytest.raises(ValueError, match="the loss became nan with --lr 1e\\+38: lower it"):
         run(base, "--lr", "1e38", "--method", "soft_prompt", out=tmp_path / "out", steps=10)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run_wherever_it_shows(base, tmp_path, monkeypatch):
+    """On training data, though the validation loss looks well; and on validation data alone."""
+    for validation, lr in ((1.0, 1e38), (float("nan"), 0.1)):
+        monkeypatch.setattr(train, "evaluate", lambda *_, loss=validation: (loss, [True]))
+        with pytest.raises(train.Diverged, match="the loss became nan"):
+            run(base, "--lr", lr, out=tmp_path / "out", steps=10)
 
 
 def command(base, *flags, **how) -> subprocess.Popen:
