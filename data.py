@@ -82,8 +82,16 @@ def replaced_file(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raises ValueError if `path` could not be made: better before hours of training than after them."""
+    folder = next((folder for folder in path.resolve().parents if folder.exists()), path)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to, so {path.name} cannot be saved there: name another place")
+
+
 def check_replaceable(directory: Path) -> None:
-    """Raises ValueError if saving to `directory` would remove files that this project did not write."""
+    """Raises ValueError if `directory` cannot be saved to, or files that this project did not write would be removed."""
+    check_writable(directory)
     restore(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: name a directory to save to")

@@ -418,6 +418,8 @@ def prepare(args: argparse.Namespace, model: GPT, tokenizer: tiktoken.Encoding) 
     task, examples = load_examples(args)
     args.out = args.out or Path("out") / task / args.method
     data.check_replaceable(args.out)
+    if args.predict:
+        data.check_writable(Path(args.predict))
     rows = {split: data.encode(tokenizer, examples[split]) for split in examples}
     torch.manual_seed(args.seed)
     adapters = new_adapters(args, model, tokenizer, rows["train"])

@@ -58,8 +58,9 @@ EQUIVALENT = [
     ("n_past:S]", "n_past:S + 1]", "the next token overwrites the position behind before it is read"),
     ("room - n_past", "room", "a buffer larger than need be"),
     ("room - n_past", "room + n_past", "a buffer larger than need be"),
-    ("if T > 1 else None", "if T >= 1 else None", "a mask that hides nothing; having none is faster"),
-    ("causal_mask(T, S, x.device) if T > 1 else None", "causal_mask(T, S, x.device)", "as above"),
+    ("if n > 1 else None", "if n >= 1 else None", "a mask that hides nothing; having none is faster"),
+    ("causal_mask(n, S, q.device) if n > 1 else None", "causal_mask(n, S, q.device)", "as above"),
+    ("cache[0][0]", "cache[1][0]", "all layers have one shape"),
     ("@torch.no_grad()", "", "what it saves is memory"),
     ("with torch.inference_mode():", "if True:", "what it saves is time"),
     ("with torch.device('meta'):", "if True:", "what it saves is memory"),
@@ -69,7 +70,24 @@ EQUIVALENT = [
     (", encoding='utf-8')", ")", "the default where the tests run"),
     ("(encoding='utf-8')", "()", "the default where the tests run"),
     (".cpu()", "", "the tests run on a CPU"),
-    ("drawn.to(ids.device)", "drawn", "the tests run on a CPU"),
+    (".to(ids.device)", "", "the tests run on a CPU"),
+    (".to(model.device)", "", "the tests run on a CPU"),
+    (".to(device)", "", "the tests run on a CPU"),
+    (", device=model.device", "", "the tests run on a CPU"),
+    (", device=idx.device", "", "the tests run on a CPU"),
+    (", device=x.device", "", "the tests run on a CPU"),
+    (", device=device", "", "the tests run on a CPU"),
+    ("(0.0, 0, [", "(0, 0.0, [", "whole and broken numbers add alike"),
+    (", key=lambda i: len(rows[i].source) + len(rows[i].target)", "", "what the order saves is padding"),
+    ("len(rows[i].source) + len(rows[i].target))", "len(rows[i].source))", "what the order saves is padding"),
+    ("len(rows[i].source) + len(rows[i].target))", "len(rows[i].source) - len(rows[i].target))", "as above"),
+    ("targets].unique().tolist()", "targets].unique()", "a tensor of one number is an index, too"),
+    ("targets].unique().tolist()", "targets].tolist()", "marked wrong twice is wrong"),
+    ("logits.argmax(dim=-1))", "logits.argmax(dim=1))", "the same axis, counted from the other end"),
+    ("check_finite(loss.item(), args.lr)", "check_finite(loss, args.lr)", "a tensor of one number prints as that number"),
+    ("torch.Generator().manual_seed(args.seed)", "torch.manual_seed(args.seed)", "other numbers, as random"),
+    ("'exp_avg', 'exp_avg_sq'", "'exp_avg_sq', 'exp_avg'", "the order does not matter"),
+    ("('step', 'exp_avg',", "('exp_avg', 'step',", "the order does not matter"),
 ]
 
 # ------------------------------------------------------------------------------------------------------------ the breaks
@@ -249,6 +267,8 @@ class Tracer:
         self.fixtures: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
         self.values: dict[str, str] = {}
+        self.outside: set[str] = set()  # tests that start a process, which has the files as they are, unbroken
+        sys.addaudithook(lambda event, _: event == "subprocess.Popen" and self.outside.add(self.owner))
 
     def trace(self, frame, event, argument):
         file = self.files.get(frame.f_code.co_filename)
@@ -298,7 +318,8 @@ class Jury:
 
     def tests(self) -> list[str]:
         fixtures = self.tracer.fixtures
-        return sorted((t for t in fixtures if any(map(self.notices, [t, *fixtures[t]]))), key=self.seconds)
+        tests = fixtures.keys() - self.tracer.outside
+        return sorted((t for t in tests if any(map(self.notices, [t, *fixtures[t]]))), key=lambda t: (self.seconds(t), t))
 
     def pytest_collection_modifyitems(self, items):
         by_name = {item.nodeid: item for item in items}

@@ -616,6 +616,17 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(base, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [data.CHECKPOINT]
 
 
+@pytest.mark.parametrize("flags", [["--out", "here/new/adapter"], ["--out", "elsewhere", "--predict", "here/predictions.jsonl"]])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(base, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(os, "access", lambda folder, mode: mode != os.W_OK or folder != tmp_path / "here")
+    monkeypatch.setattr(train, "tune", None)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/here cannot be written to, so .* cannot be saved there: name another"):
+        run(base, *flags)
+    assert {path.name for path in tmp_path.rglob("*")} == {"here"}
+
+
 def test_a_full_disk_gets_a_sentence_and_the_old_files_stay(base, tmp_path):
     """Files of more than 20 kB cannot be written here: the adapter needs 33 kB, its checkpoint three times that."""
     resource = pytest.importorskip("resource")
