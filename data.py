@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file with one JSON object -> dict. Raises ValueError for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested a thousandfold
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, not a JSON object")
@@ -223,7 +223,7 @@ def load_tokenizer(name_or_dir: str | Path) -> tiktoken.Encoding:
         if read_json(vocab)[END_OF_TEXT] != len(ranks):
             raise ValueError
         return build_tokenizer(ranks)
-    except (AssertionError, AttributeError, KeyError, ValueError):
+    except (AssertionError, AttributeError, KeyError, RecursionError, ValueError):
         raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None
 
 

@@ -281,7 +281,7 @@ def load_checkpoint(
         with safe_open(file, "pt") as opened:
             step, curve, found = (json.loads(opened.metadata()[key]) for key in ("step", "curve", "settings"))
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the middle two: it has other metadata, or none
+    except (SafetensorError, KeyError, RecursionError, TypeError, ValueError) as error:  # it may have other metadata, or none
         raise ValueError(f"{file} is not a whole checkpoint ({error}): delete it to start anew") from None
     if not resume:
         raise ValueError(f"{file} is of a run that was stopped after step {step}: add --resume to go on, or delete it")

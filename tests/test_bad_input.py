@@ -44,14 +44,14 @@ def anything(rng: random.Random, depth: int = 3):
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
-    """Truncated, extended, a few bytes changed, a piece repeated, emptied, or left alone."""
+    """Truncated, extended, a few bytes changed, a piece repeated, emptied, nested without end, or left alone."""
     a, b = sorted(rng.choices(range(len(content) + 1), k=2))
     some = bytes(rng.choices(range(256), k=rng.choice([1, 8, 100])))
     changed = bytearray(content)
     for _ in range(rng.choice([1, 5])):
         changed[rng.randrange(len(changed))] = rng.randrange(256)
-    pieces = [content[:a], content + some, content[:a] + some + content[b:], content[:b] + content[a:], bytes(changed), b""]
-    return rng.choice([content, *pieces])
+    pieces = [content[:a], content + some, content[:a] + some + content[b:], content[:b] + content[a:], bytes(changed)]
+    return rng.choice([content, *pieces, b"", b"[" * 10**5])
 
 
 def changed_tensor(rng: random.Random, content: bytes) -> bytes:
@@ -99,8 +99,8 @@ def places(tmp_path_factory) -> Path:
     model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
     model.save_pretrained(directory / "base")
     data.save_tokenizer(directory / "base", data.train_bpe(["the cat sat on the mat"] * 9, 10))
-    Prefix.random(model, 4).save(directory / "prefix")
-    SoftPrompt.random(model, 4).save(directory / "soft_prompt")
+    Prefix.random(model, 4).save(directory / "prefix", model)
+    SoftPrompt.random(model, 4).save(directory / "soft_prompt", model)
     (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
     return directory
 
@@ -211,6 +211,8 @@ def test_bad_adapters(places, kind):
 
     check_file(places, kind, "adapter_config.json", changed_value, use, 100)
     check_file(places, kind, "adapter_config.json", damaged, use, 50)
+    check_file(places, kind, "base.json", changed_value, use, 50)
+    check_file(places, kind, "base.json", damaged, use, 50)
     check_file(places, kind, "adapter_model.safetensors", damaged, use, 50)
     check_file(places, kind, "adapter_model.safetensors", changed_tensor, use, 50)
     check_file(places, kind, "adapter_model.safetensors", lambda rng, _: header(rng, "prompt_embeddings"), use, 100)

@@ -71,6 +71,7 @@ def test_the_base_reads_training_records_only_and_no_pair_of_the_other_tiers():
         assert (task.target in data.DOCUMENTS[task.source]) == (task.tier == "elicited")
         assert (task.target in rendered) == (task.tier != "new")
     assert Counter(task.tier for task in TASKS.values()) == {"elicited": 4, "recombined": 2, "new": 1}
+    assert " ".join(TASKS) == "sentence table sentiment reply chat verdict shifted"
     splits = set()
     original, data.FORMS["table"] = data.FORMS["table"], lambda r: splits.add(data.split_of(r)) or "x"
     try:
@@ -281,6 +282,9 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path):
     for name, message in [("none", "cannot read"), ("empty", "is empty"), ("latin", "cannot read"), (".", "cannot read")]:
         with pytest.raises(ValueError, match=message):
             data.read_jsonl(tmp_path / name)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="list.json holds list, not a JSON object"):
+        data.read_json(tmp_path / "list.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -337,6 +341,32 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     with pytest.raises(OSError), data.replaced_directory(target) as new:
         (new / "config.json").write_text("new")
     assert (target / "config.json").read_text() == "old"
+
+
+def test_a_checkpoint_whole_or_half_written_does_not_stand_in_the_way(tmp_path):
+    out = tmp_path / "a" / "b"
+    with data.replaced_file(out / data.CHECKPOINT) as new:
+        new.write_text("half")
+        data.check_replaceable(out)
+    data.check_replaceable(out)
+
+
+def test_the_working_folder_can_be_saved_to(tmp_path, monkeypatch):
+    """`.` has no name of its own to put another beside."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with data.replaced_directory(".") as new:
+        (new / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here", "config.json"]
+
+
+def test_what_a_save_that_died_left_survives_one_that_fails(tmp_path):
+    """Between its two renames, the old directory carries another name."""
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "config.json").write_text("old")
+    with pytest.raises(OSError), data.replaced_directory(tmp_path / "out"):
+        raise OSError
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
 def test_files_that_are_not_ours_are_never_removed(tmp_path):

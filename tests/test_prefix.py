@@ -9,7 +9,7 @@ from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
 from torch.testing import assert_close
 
 from model import GPT, GPTConfig, rows_of
-from prefix import Prefix
+from prefix import Prefix, drawn
 from soft_prompt import SoftPrompt
 
 
@@ -23,6 +23,13 @@ def test_a_prefix_of_a_text_equals_having_the_text_in_the_context(model):
     text, idx = random_ids(5, seed=1), random_ids(2, 6)
     both = torch.cat([text.expand(2, 5), idx], dim=1)
     assert_close(model(idx, Prefix.text(model, text).past_kv(model))[0], model(both)[0][:, 5:])
+
+
+def test_a_prefix_of_drawn_words_is_that_of_their_text(model):
+    """The keys and values of tokens that are drawn from those given, by the seed."""
+    frequent, generator = random_ids(40), torch.Generator().manual_seed(0)
+    prefix = Prefix.vocab(model, frequent, 5, torch.Generator().manual_seed(0))
+    assert_close(prefix.start, Prefix.text(model, drawn(frequent, 5, generator)).start, rtol=0, atol=0)
 
 
 @pytest.mark.ex6
