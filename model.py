@@ -89,7 +89,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = causal_mask(n, S, q.device) if n > 1 else None  # a single query may see everything
     if mask is None or q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # The same, written out: on a CPU, torch's fused attention takes four times as long in bfloat16
+    # The same, written out: on a CPU, torch's fused attention takes four times as long backward in bfloat16
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     scores = torch.baddbmm(mask.to(q.dtype).log(), q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # (B·H, n, S), log 0 = -∞
     return (scores.softmax(dim=-1) @ v).view(B, H, n, D)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if past is not None:
             k, v = extend(past[0], k, n_past), extend(past[1], v, n_past)  # (B, H, S, D)
-            q = q.contiguous()  # else autograd would keep, with q, the k and v just copied
+            q = q.contiguous()  # for backward, a view would keep k and v in c_attn's output a second time
         y = attend(q[:, :, T - last :], k, v)  # (B, H, last, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, last, C)), (k, v)
 
@@ -184,7 +184,10 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def freeze(self) -> "GPT":
-        """-> self, its weights closed to gradients. Gradients still flow *through* it, to what was fed in."""
+        """-> self, its weights closed to gradients. Gradients still flow *through* it, to what was fed in.
+
+        A bfloat16 base is laid out for speed, too, since it will not change any more.
+        """
         if self.dtype == torch.bfloat16:  # as read from a file, matrices are transposed views, three times slower for one row
             for weight in self.parameters():
                 weight.data = weight.data.contiguous()
@@ -219,7 +222,7 @@ class GPT(nn.Module):
             )
         x = x + self.wpe(torch.arange(n_past, S, device=x.device))  # (B, T, C)
         cache = []
-        for layer, block in enumerate(self.h, start=1):  # those before the last read on from all positions
+        for layer, block in enumerate(self.h, start=1):  # those before the last need all positions
             x, kv = block(x, past_kv[layer - 1] if past_kv else None, n_past, last if layer == len(self.h) else T)
             cache.append(kv)
         return self.ln_f(x), cache

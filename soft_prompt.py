@@ -67,7 +67,8 @@ class SoftPrompt(nn.Module):
                 "load it onto the base that it was trained on"
             )
         B = past_kv[0][0].size(0) if past_kv else 1
-        _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, P, C), past_kv, last=1)  # but for the cache
+        vectors = self.vectors.to(model.dtype).expand(B, P, C)
+        _, cache = model.forward_embeddings(vectors, past_kv, last=1)  # only the cache is wanted
         return cache
 
     def nearest_tokens(self, model: GPT, k: int = 1) -> Tensor:

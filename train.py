@@ -42,11 +42,11 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # or MKL's sums depend on wher
 
 DEFAULT_BASE = Path("out/base")
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
-LOGITS_AT_ONCE = 2**23  # numbers, so 32 MB
+LOGITS_AT_ONCE = 2**23  # in float32 32 MB of them
 
 
 class Recipe(NamedTuple):
-    """What a method trains with unless told otherwise; the learning rates were chosen on validation data."""
+    """What a method trains with unless told otherwise; the learning rates were chosen on validation data, for the small base."""
 
     adapters: tuple[type[nn.Module], ...]
     n_virtual: int  # of each adapter
@@ -89,10 +89,10 @@ def stacked_past_kv(adapters: list[nn.Module], model: GPT) -> KVCache | None:
 def target_hidden(model: GPT, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
     """-> (N, C) hidden states and (N,) ids, at the N positions of the batch that predict a target.
 
-    The source is read, not scored, so its positions skip the projection onto the vocabulary, on GPT-2 a third of the
-    arithmetic of a step, and most of the last block.
+    The source is read, not scored, so its positions skip most of the last block, and the projection onto the vocabulary, which
+    at all positions would be a third of GPT-2's arithmetic.
     """
-    first = int((batch.targets != IGNORE).any(dim=0).int().argmax())  # no row has a target before it
+    first = int((batch.targets != IGNORE).any(dim=0).int().argmax())  # the earliest target of any row
     targets = batch.targets[:, first:]  # (B, last)
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv, last=targets.size(1))  # (B, last, C)
     scored = targets != IGNORE
@@ -102,7 +102,7 @@ def target_hidden(model: GPT, batch: Batch, past_kv: KVCache | None) -> tuple[Te
 def logits_in_parts(model: GPT, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(N, C), (N,) -> (n, V) float32 logits and (n,) ids, of some positions at a time.
 
-    V is so much wider than C that the logits of a whole batch would be the largest thing in memory.
+    V is so much larger than C that the logits of a whole batch would be the largest thing in memory.
     """
     n = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     for some, ids in zip(hidden.split(n), targets.split(n)):
@@ -110,12 +110,14 @@ def logits_in_parts(model: GPT, hidden: Tensor, targets: Tensor) -> Iterator[tup
 
 
 def backward(model: GPT, hidden: Tensor, targets: Tensor, n_targets: int) -> Tensor:
-    """(N, C), (N,) -> the loss, summed over these positions and divided by n_targets; its gradients are computed.
+    """(N, C), (N,) -> the loss: summed over these positions, divided by n_targets. Adds its gradients to every .grad.
 
-    The same as loss.backward() on all logits. But those of one part are gone before the next one's are made: the
-    gradients of all parts gather at `cut`, where the graph is cut open, and go on through the blocks together.
+    n_targets is that of the whole batch, of which a process may have a part. The same as loss.backward() on all logits, but those
+    of one part are gone before the next one's are made: each part sends its gradient as far as `cut`, a leaf with the
+    numbers of `hidden`; then one pass takes them all on through the blocks.
     """
-    loss, cut = 0.0, hidden.detach().requires_grad_()
+    cut = hidden.detach().requires_grad_()
+    loss = torch.zeros((), device=hidden.device)
     for logits, ids in logits_in_parts(model, cut, targets):
         part = F.cross_entropy(logits, ids, reduction="sum") / n_targets
         part.backward()
@@ -159,7 +161,7 @@ def tune(run: Run, args: argparse.Namespace) -> list[tuple[int, float]]:
     bit for bit. Raises ValueError if the loss stops being a number, or a checkpoint of another run is there.
     """
     trainee = nn.ModuleList(run.adapters or [run.model])
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
     checkpoint, settings = args.out / data.CHECKPOINT, settings_of(run, args)
     step, curve = load_checkpoint(checkpoint, trainee, optimizer, settings, args.resume)
     progress = Progress(step, args.steps)
@@ -318,9 +320,9 @@ def pretrain(out: Path, args: argparse.Namespace, device: torch.device, windows:
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(tokenizer.n_vocab)).to(device)
     # GPT-2's 0.02 leaves the tokens of a kind nearly alike: what they share is learnt at once and drowns what tells them
-    # apart, and without that no value can be copied. Apart from the start, all kinds are copied after half the steps.
+    # apart, and without that no value can be copied. Where they differ from the outset, all kinds are copied in half the steps.
     nn.init.normal_(model.wte.weight, std=0.4)
-    nn.init.constant_(model.ln_f.weight, 0.1)  # for the head, which is the same matrix, still starts with small logits
+    nn.init.constant_(model.ln_f.weight, 0.1)  # so that the head, which is the same matrix, still starts with small logits
     length = model.config.block_size + 1
     if len(stream) < 10 * length:
         raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * length} to learn from")

@@ -28,7 +28,7 @@ from soft_prompt import SoftPrompt  # noqa: E402, F401
 def attention(model: GPT, idx: Tensor, past_kv: KVCache | None = None) -> Tensor:
     """(B, T) ids -> (L, B, H, T, S) attention weights: what each new token looks at, the past included.
 
-    Written out as in the textbook. The model itself never has these numbers: its fused attention does not form them.
+    Written out as in the textbook. The model itself hardly ever has these numbers: fused attention does not form them.
     """
     queries = []
     hooks = [block.attn.c_attn.register_forward_hook(lambda _, __, qkv: queries.append(qkv)) for block in model.h]

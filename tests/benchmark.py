@@ -135,7 +135,8 @@ def step(trained: nn.Module, gradients: Callable[[], Tensor]) -> Callable[[], fl
 def products(size: str, method: str, P: int, B: int, T: int = SOURCE + TARGET) -> list[tuple[int, int, int]]:
     """-> (rows, in, out) of each matrix product of a forward pass with weights; backward to the activations has as many.
 
-    Each block at all positions that are read, a soft prompt once a batch, and the vocabulary at the targets alone.
+    Each block at all positions that are read, a soft prompt once a batch, and the vocabulary at the targets alone. A step here
+    has a little less to do: it skips most of the last block, on 124M 4 % of all.
     """
     c, n = SIZES[size], B * (T - 1) + (P if method == "soft_prompt" else 0)
     C = c.n_embd
