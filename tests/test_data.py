@@ -253,7 +253,7 @@ def test_an_example_too_long_is_named(tokenizer_dir):
 
 def test_jsonl_is_read_with_empty_lines_and_without_input(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"input": "a\\u2028b", "target": "é"}\n\n{"target": "c"}\r\n', encoding="utf-8")
+    path.write_text('{"input": "a\\u2028b", "target": "é"}\n \n{"target": "c"}\r\n', encoding="utf-8")
     assert data.read_jsonl(path) == [Example("a\u2028b", "é"), Example("", "c")]
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -196,6 +197,16 @@ def test_a_prefix_from_other_starts(base, tmp_path, flags):
     result = run(base, *flags, out=tmp_path / "out", steps=5)
     assert result["loss"] < result["loss_init"] and result["n_stored"] == 8 * 1024
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"].dtype == torch.float32
+
+
+def test_what_a_run_says_is_what_it_returns(base, tmp_path, capsys):
+    got = run(base, out=tmp_path / "out", steps=2)
+    said = capsys.readouterr().out
+    assert f"start    validation loss {got['curve'][0][1]:.3f}, before the first step\n" in said
+    assert re.search(rf"step    2/2  loss \d\.\d\d\d  validation {got['curve'][-1][1]:.3f}  .* tokens/s", said)
+    assert f"test     frozen  loss {got['loss_frozen']:.3f}  exact match {got['exact_match_frozen']:5.1f} %\n" in said
+    assert f"         tuned   loss {got['loss']:.3f}  exact match {got['exact_match']:5.1f} %\n" in said
+    assert said.endswith(f'use it with: python train.py --base {base} --adapter {tmp_path}/out --prompt "…"\n')
 
 
 def test_one_thread_and_two_agree_to_rounding(base, tmp_path):
