@@ -352,6 +352,25 @@ def test_two_processes_train_the_adapter_that_one_does(base, tmp_path):
     assert done.returncode != 0 and "--batch-size 1 for 2 processes" in done.stderr
 
 
+def test_what_the_second_of_two_processes_does(base, tmp_path, monkeypatch):
+    """It takes every second row, hands in its loss and the gradients of what is trained, and saves nothing."""
+    handed_in, batches, target_hidden = [], [], train.target_hidden
+    two = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2, all_reduce=handed_in.append)
+    monkeypatch.setattr(train, "dist", two)
+    monkeypatch.setattr(train, "target_hidden", lambda *given: batches.append(given[1]) or target_hidden(*given))
+    model, rows = GPT.from_pretrained(base).freeze(), rows_of(base, n=6)
+    prefix = Prefix.random(model, 3).reparametrise(2)
+    args = train.parse(["--steps", "2", "--batch-size", "4", "--save-every", "1", "--out", str(tmp_path / "out")])
+    run = train.Run("sentence", model, data.load_tokenizer(base), [prefix], {}, {"train": rows, "validation": []})
+    monkeypatch.setattr(train, "evaluate", lambda *_: (1.0, []))
+    train.tune(run, args)
+    parts = [data.batch_of(step[1::2], model.device) for step in train.shuffled_batches(rows, args)]
+    assert [batch.idx.tolist() for batch in batches] == [part.idx.tolist() for part in parts]
+    shapes = [(), *(p.shape for p in prefix.parameters() if p.requires_grad)]
+    assert [tensor.shape for tensor in handed_in] == 2 * shapes
+    assert not args.out.exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
 def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     """With an error, not with a wait for ever; the last checkpoint stays."""
@@ -400,6 +419,21 @@ def stopped_run(base, out, monkeypatch, *flags, after: int):
         patch.setattr(train, "target_hidden", interrupted)
         run(base, *flags, out=out, steps=7)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is what it was
+
+
+def test_ctrl_c_in_the_last_step_lets_the_run_end(base, tmp_path, monkeypatch):
+    hidden, steps = train.target_hidden, []
+
+    def interrupted(*given):
+        steps.extend([1] * torch.is_grad_enabled())
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+            steps.append("once")
+        return hidden(*given)
+
+    monkeypatch.setattr(train, "target_hidden", interrupted)
+    assert len(run(base, out=tmp_path / "out", steps=3)["curve"]) == 4
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_a_second_ctrl_c_acts_at_once():
