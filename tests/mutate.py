@@ -106,6 +106,9 @@ EQUIVALENT = [
     ("(step + 1) / 10, (args.steps - step) / args.steps)", "(args.steps - step) / args.steps, (step + 1) / 10)", "the order"),
     ("step < args.steps and (", "step <= args.steps and (", "a checkpoint more, whose place the adapter takes at once"),
     (" and step < args.steps and (", " and (", "a checkpoint more, whose place the adapter takes at once"),
+    ("texts[:5000]", "texts", "what it saves is time"),
+    ("texts[:5000]", "texts[:5001]", "a limit as good as another"),
+    ("n_merges=700", "n_merges=701", "a limit as good as another"),
     ("while len(queue) < args.batch_size", "while len(queue) <= args.batch_size", "the same queue, filled up sooner"),
     (
         "(loss, *(p.grad for p in trainee.parameters() if p.requires_grad))",

@@ -273,6 +273,17 @@ def test_a_base_from_ones_own_text(tmp_path):
     assert tokenizer.decode(model.generate(ids, 2)[0].tolist()) == "the cat sat on the"
 
 
+def test_a_corpus_too_small_to_learn_from(tmp_path, monkeypatch):
+    """Ten windows of 129 tokens are the least; here a token is a byte, and one more ends the text."""
+    monkeypatch.setattr(data, "train_bpe", lambda *_, n_merges: [])
+    flags = ["--method", "pretrain", "--corpus", str(tmp_path / "a"), "--steps", "1", "--batch-size", "1", "--device", "cpu"]
+    (tmp_path / "a").write_text("b" * 1288)
+    with pytest.raises(ValueError, match="^the corpus has 1289 tokens; give at least 1290 to learn from"):
+        train.main([*flags, "--out", str(tmp_path / "base")])
+    (tmp_path / "a").write_text("b" * 1289)
+    train.main([*flags, "--out", str(tmp_path / "base")])
+
+
 def test_pretraining_written_out(tmp_path, monkeypatch):
     """Which texts, windows that start anywhere, two optimizers, and their rates: up in 30 steps, down in the last 30 %."""
     rates, LambdaLR = [], torch.optim.lr_scheduler.LambdaLR
@@ -449,13 +460,15 @@ def test_a_second_ctrl_c_acts_at_once():
     "flags",
     [["--method", "prefix"], ["--mid-dim", "4"], ["--method", "soft_prompt"], ["--method", "both"], ["--method", "full"]],
 )
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_path, monkeypatch, flags):
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_path, monkeypatch, capsys, flags):
     """Numbers, MLP, optimizer, step and order of the examples; the curve, too. Nothing is left of the checkpoint."""
     flags = [*flags, "--eval-every", "2"]
     whole = run(base, *flags, out=tmp_path / "whole", steps=7)
     stopped_run(base, tmp_path / "parts", monkeypatch, *flags, after=4)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [data.CHECKPOINT]
+    capsys.readouterr()
     resumed = run(base, *flags, "--resume", out=tmp_path / "parts", steps=7)
+    assert "\nresuming after step 4\n" in capsys.readouterr().out
     for result in (whole, resumed):
         del result["seconds_train"], result["out"]
     assert resumed == whole and [step for step, _ in whole["curve"]] == [0, 2, 4, 6, 7]
@@ -503,7 +516,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
     file.write_bytes(before[:-9])
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         run(base, "--resume", out=tmp_path / "out", steps=7)
-    for metadata in (None, {"step": "2"}):
+    for metadata in (None, {"step": "2"}, {"step": "two"}, {"step": "[" * 10**5}):
         save_file({"x": torch.zeros(1)}, file, metadata=metadata)
         with pytest.raises(ValueError, match="is not a whole checkpoint"):
             run(base, "--resume", out=tmp_path / "out", steps=7)
