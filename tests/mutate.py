@@ -106,6 +106,8 @@ EQUIVALENT = [
     ("(step + 1) / 10, (args.steps - step) / args.steps)", "(args.steps - step) / args.steps, (step + 1) / 10)", "the order"),
     ("step < args.steps and (", "step <= args.steps and (", "a checkpoint more, whose place the adapter takes at once"),
     (" and step < args.steps and (", " and (", "a checkpoint more, whose place the adapter takes at once"),
+    ("lr=args.lr, weight_decay=0.1)", "lr=args.lr)", "the default, spelled out"),
+    ("min(1, (step + 1) / 30,", "min((step + 1) / 30, 1,", "the order does not matter"),
     ("texts[:5000]", "texts", "what it saves is time"),
     ("texts[:5000]", "texts[:5001]", "a limit as good as another"),
     ("n_merges=700", "n_merges=701", "a limit as good as another"),
