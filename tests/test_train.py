@@ -284,13 +284,14 @@ def test_a_corpus_too_small_to_learn_from(tmp_path, monkeypatch):
     train.main([*flags, "--out", str(tmp_path / "base")])
 
 
-def test_pretraining_written_out(tmp_path, monkeypatch):
+def test_pretraining_written_out(tmp_path, monkeypatch, capsys):
     """Which texts, windows that start anywhere, two optimizers, and their rates: up in 30 steps, down in the last 30 %."""
     rates, LambdaLR = [], torch.optim.lr_scheduler.LambdaLR
     monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", lambda *given: rates.append(given[1]) or LambdaLR(*given))
     flags = ["--method", "pretrain", "--steps", "3", "--batch-size", "8", "--seed", "5", "--lr", "0.1"]
     args = train.parse([*flags, "--out", str(tmp_path / "base")])
     train.pretrain(args.out, args, torch.device("cpu"))
+    assert re.search(r"step    3/3  loss \d\.\d\d\d  .* tokens/s", capsys.readouterr().out)
     got, tokenizer, rng = GPT.from_pretrained(args.out), data.load_tokenizer(args.out), random.Random(5)
     texts = [data.random_document(rng) for _ in range(48)]
     stream = torch.tensor([i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]])
