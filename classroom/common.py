@@ -1,10 +1,12 @@
 """What the scripts here share: the path to the project, attention made visible, the runs of an experiment, JSON and figures."""
 
 import argparse
+import atexit
 import contextlib
 import copy
 import io
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -137,8 +139,8 @@ class Experiment:
         self.seeds = range(1 if self.args.quick else self.args.seeds)
         self.at_most = 10 if self.args.quick else None  # rows of a split
         self.runs: list[dict[str, Any]] = []  # what was measured, seed by seed
-        self.temporary = tempfile.TemporaryDirectory()
-        self.folder, self.begin = Path(self.temporary.name), time.perf_counter()
+        self.folder, self.begin = Path(tempfile.mkdtemp()), time.perf_counter()
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         train.make_base(self.parse())
 
     def grid(self, values: list) -> list:
