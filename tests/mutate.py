@@ -73,6 +73,7 @@ EQUIVALENT = [
     (".to(ids.device)", "", "the tests run on a CPU"),
     (".to(model.device)", "", "the tests run on a CPU"),
     (".to(device)", "", "the tests run on a CPU"),
+    (", device=hidden.device", "", "the tests run on a CPU"),
     (", device=model.device", "", "the tests run on a CPU"),
     (", device=idx.device", "", "the tests run on a CPU"),
     (", device=x.device", "", "the tests run on a CPU"),

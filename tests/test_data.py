@@ -72,6 +72,7 @@ def test_the_base_reads_training_records_only_and_no_pair_of_the_other_tiers():
         assert (task.target in rendered) == (task.tier != "new")
     assert Counter(task.tier for task in TASKS.values()) == {"elicited": 4, "recombined": 2, "new": 1}
     assert " ".join(TASKS) == "sentence table sentiment reply chat verdict shifted"
+    assert all(len(data.task_examples(task, "test", 3, 0)) == 3 for task in TASKS)
     splits = set()
     original, data.FORMS["table"] = data.FORMS["table"], lambda r: splits.add(data.split_of(r)) or "x"
     try:

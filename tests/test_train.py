@@ -60,7 +60,8 @@ def test_the_loss_in_parts_equals_the_loss_at_once(model, monkeypatch, positions
     expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / 10
     gradients = torch.autograd.grad(expected, weights)
     hidden, targets = train.target_hidden(model, batch, prefix.past_kv(model))
-    assert [len(ids) for _, ids in train.logits_in_parts(model, hidden, targets)][0] == min(positions, 6)
+    logits, ids = next(train.logits_in_parts(model, hidden, targets))
+    assert len(ids) == min(positions, 6) and logits.shape == (len(ids), V) and logits.dtype == torch.float32
     assert_close(train.backward(model, hidden, targets, n_targets=10), expected.detach())
     for weight, gradient in zip(weights, gradients):
         assert_close(weight.grad, gradient, rtol=1e-5, atol=1e-7)
