@@ -42,7 +42,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # or MKL's sums depend on wher
 
 DEFAULT_BASE = Path("out/base")
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
-LOGITS_AT_ONCE = 2**23  # in float32 32 MB of them
+LOGITS_AT_ONCE = 2**23  # numbers, 32 MB of float32
 
 
 class Recipe(NamedTuple):

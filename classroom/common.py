@@ -55,6 +55,12 @@ def moved(model: GPT, n: int) -> GPT:
     return model
 
 
+def gradients(model: GPT, adapters: list[torch.nn.Module], batch: data.Batch) -> Tensor:
+    """-> the mean loss over the targets of a batch; its gradients are computed, by the lines that train.tune has."""
+    hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
+    return train.backward(model, hidden, targets, len(targets))
+
+
 def forward(model: GPT, adapters: list[torch.nn.Module], batch: data.Batch) -> tuple[Tensor, Tensor]:
     """-> hidden states at the target positions, and the loss of the first part of them: when a training step holds most."""
     hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
@@ -62,7 +68,7 @@ def forward(model: GPT, adapters: list[torch.nn.Module], batch: data.Batch) -> t
     return hidden, torch.nn.functional.cross_entropy(logits, ids)
 
 
-def kept_for_backward(model: GPT, forward: Callable[[], object]) -> int:
+def kept_for_backward(model: GPT, compute: Callable[[], object]) -> int:
     """-> the bytes that autograd keeps from a forward pass until the backward pass, the model's own weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -73,7 +79,7 @@ def kept_for_backward(model: GPT, forward: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = forward()  # held, so that no address comes twice
+        result = compute()  # held, so that no address comes twice
     del result
     return sum(size for address, size in kept.items() if address not in weights)
 

@@ -20,7 +20,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import KVCache, band, data, figure, finish, forward, kept_for_backward, markdown, rows_of, spread, train, write_json
+from common import (
+    KVCache,
+    band,
+    data,
+    figure,
+    finish,
+    forward,
+    gradients,
+    kept_for_backward,
+    markdown,
+    rows_of,
+    spread,
+    train,
+    write_json,
+)  # fmt: skip
 
 NAMES = {
     "none": "frozen base",
@@ -172,9 +186,8 @@ def costs(flags: list[str], chosen: dict[str, dict]) -> dict[str, dict]:
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
 
         def step(run=run, batch=batch, optimizer=torch.optim.AdamW(trained, lr=1e-9) if trained else None) -> None:
-            hidden, targets = train.target_hidden(run.model, batch, train.stacked_past_kv(run.adapters, run.model))
             optimizer.zero_grad()
-            train.backward(run.model, hidden, targets, len(targets))
+            gradients(run.model, run.adapters, batch)
             optimizer.step()
 
         n_base = sum(p.numel() for p in model.parameters())

@@ -5,8 +5,8 @@
     python tests/benchmark.py --growth    how time and memory grow with P, T, B and the model; a figure, with matplotlib
 
 Needs the peers: pip install -r tests/requirements.txt. On a GPU: 124M and 1.5B, batch 32, into tests/benchmark-<gpu>.json.
-A time is the median of 15 turns, in each of which all that is compared takes part. The *floor* is the time of just the matrix
-products that a step cannot avoid: what a step takes beyond it is attention, norms, GELU, loss, optimiser and Python.
+A time is the median of 15 turns, of 5 for growth, in each of which all that is compared takes part. The *floor* is the time of
+just the matrix products that a step cannot avoid: what it takes beyond them is attention, norms, GELU, loss, AdamW and Python.
 """
 
 import argparse
@@ -31,7 +31,7 @@ os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows product
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-from common import data, finish, forward, kept_for_backward, train  # noqa: E402
+from common import data, finish, forward, gradients, kept_for_backward, train  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
@@ -91,17 +91,6 @@ def random_rows(size: str, B: int, T: int = SOURCE + TARGET) -> list[data.Row]:
     return [data.Row(row[:-TARGET], row[-TARGET:]) for row in ids]
 
 
-def our_gradients(model: GPT, adapters: list[nn.Module], rows: list[data.Row]) -> Callable[[], Tensor]:
-    """-> what computes the gradients of the mean loss, and returns it."""
-    batch = data.batch_of(rows, DEVICE)
-
-    def gradients() -> Tensor:
-        hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
-        return train.backward(model, hidden, targets, len(targets))
-
-    return gradients
-
-
 def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
     idx = torch.tensor([row.source + row.target for row in rows], device=DEVICE)
     labels = torch.tensor([[data.IGNORE] * len(row.source) + row.target for row in rows], device=DEVICE)
@@ -111,21 +100,21 @@ def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
 def their_gradients(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
     loss_of = their_loss(model, rows)
 
-    def gradients() -> Tensor:
+    def backward() -> Tensor:
         loss = loss_of()
         loss.backward()
         return loss
 
-    return gradients
+    return backward
 
 
-def step(trained: nn.Module, gradients: Callable[[], Tensor]) -> Callable[[], float]:
+def step(trained: nn.Module, backward: Callable[[], Tensor]) -> Callable[[], float]:
     """-> one training step: forward, backward, AdamW on what is trainable."""
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
     def one() -> float:
         optimizer.zero_grad()
-        loss = gradients()
+        loss = backward()
         optimizer.step()
         return loss.item()
 
@@ -186,7 +175,7 @@ def peak_of_this_process(side: str, directory: str, size: str, method: str, P: s
     rows = random_rows(size, int(B))
     if side == "here":
         model, trained = ours(Path(directory), method, int(P))
-        one = step(trained, our_gradients(model, [trained], rows))
+        one = step(trained, partial(gradients, model, [trained], data.batch_of(rows, DEVICE)))
     else:
         trained = theirs(Path(directory), method, P=int(P))
         one = step(trained, their_gradients(trained, rows))
@@ -219,23 +208,22 @@ class Table:
 def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, peak_flops: dict[torch.dtype, float]) -> None:
     """One training step in both dtypes here and in PEFT, its floor, and what it keeps in memory."""
     rows, shapes = random_rows(size, B), products(size, method, P, B)
-    contestants, kept = {}, {}
+    batch, contestants, kept = data.batch_of(rows, DEVICE), {}, {}
     for dtype in (FLOAT32, BFLOAT16):
         directory = base_directory(root, size, dtype)
         model, adapter = ours(directory, method, P)
         peer = theirs(directory, method, adapter)
-        sides = our_gradients(model, [adapter], rows), their_gradients(peer, rows)
-        a, b = (gradients().item() for gradients in sides)
+        sides = partial(gradients, model, [adapter], batch), their_gradients(peer, rows)
+        a, b = (backward().item() for backward in sides)
         assert abs(a - b) < (1e-4 if dtype == FLOAT32 else 2e-2) * b, f"losses differ: {a} here, {b} in PEFT"
         contestants["here", dtype], contestants["peft", dtype] = map(step, (adapter, peer), sides)
         contestants["floor", dtype] = floor(shapes, dtype)
-        batch = data.batch_of(rows, DEVICE)
         ways = (model, partial(forward, model, [adapter], batch)), (peer, their_loss(peer, rows))
         kept[dtype] = [kept_for_backward(*way) / 1e6 for way in ways]
     taken, spread = seconds(contestants)
     if P == 20:
         whole = GPT.from_pretrained(base_directory(root, size, FLOAT32)).to(DEVICE)
-        pair = {"here": contestants["here", FLOAT32], "full": step(whole, our_gradients(whole, [], rows))}
+        pair = {"here": contestants["here", FLOAT32], "full": step(whole, partial(gradients, whole, [], batch))}
         against_full, _ = seconds(pair)
     for dtype in kept:
         name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
@@ -280,12 +268,12 @@ def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
         if at["P"] + at["T"] > SIZES[at["size"]].block_size:
             continue
         model, adapter = ours(base_directory(root, at["size"], FLOAT32), "prefix", at["P"])
-        rows = random_rows(at["size"], at["B"], at["T"])
+        batch = data.batch_of(random_rows(at["size"], at["B"], at["T"]), DEVICE)
         shapes = products(at["size"], "prefix", at["P"], at["B"], at["T"])
-        one = step(adapter, our_gradients(model, [adapter], rows))
+        one = step(adapter, partial(gradients, model, [adapter], batch))
         taken, spread = seconds({"here": one, "floor": floor(shapes, FLOAT32)}, turns=5)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
-        kept = kept_for_backward(model, partial(forward, model, [adapter], data.batch_of(rows, DEVICE)))
+        kept = kept_for_backward(model, partial(forward, model, [adapter], batch))
         place = {"axis": axis, "x": x, "kept_mb": kept / 1e6, "spread": spread}
         table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
     with contextlib.redirect_stdout(io.StringIO()) as printed:

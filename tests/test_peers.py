@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from common import gradients
 from conftest import BLOCK, C, D, H, L, V, random_ids
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -77,13 +78,6 @@ def same_adapters(directory, name):
 
 def weight_of(theirs):
     return theirs.prompt_encoder["default"].embedding.weight
-
-
-def our_backward(model, rows, adapters):
-    """The gradients of the mean cross entropy over target positions, by the lines that train.tune has."""
-    batch = data.batch_of(rows, model.device)
-    hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
-    train.backward(model, hidden, targets, len(targets))
 
 
 def their_loss(peer, rows):
@@ -201,7 +195,7 @@ def test_a_special_token_in_a_text_is_text(tokenizers):
 def test_gradients_equal_pefts(tmp_path, name):
     """One batch, one loss: every number of the adapter has the same gradient, to the float32 of the loss."""
     model, ours, theirs = same_adapters(tmp_path, name)
-    our_backward(model, random_rows(), [ours])
+    gradients(model, [ours], data.batch_of(random_rows(), model.device))
     their_loss(theirs, random_rows()).backward()
     (got,) = (parameter.grad for parameter in ours.parameters())
     assert_close(got.flatten(1), weight_of(theirs).grad, rtol=1e-5, atol=1e-8)
@@ -213,7 +207,10 @@ def test_ten_steps_of_training_equal_pefts(tmp_path, name):
     """From one start, over the same batches, AdamW takes both to the same place."""
     model, ours, theirs = same_adapters(tmp_path, name)
     start = weight_of(theirs).clone()
-    sides = {ours: lambda rows: our_backward(model, rows, [ours]), theirs: lambda rows: their_loss(theirs, rows).backward()}
+    sides = {
+        ours: lambda rows: gradients(model, [ours], data.batch_of(rows, model.device)),
+        theirs: lambda rows: their_loss(theirs, rows).backward(),
+    }
     for side, backward in sides.items():
         optimizer = torch.optim.AdamW([p for p in side.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0)
         for step in range(10):

@@ -40,9 +40,11 @@ def rows_of(base, task="sentence", n=8):
 
 @pytest.mark.ex11
 def test_the_loss_is_the_mean_over_target_positions(model):
-    """Projecting only those positions equals projecting all and ignoring the rest; behind a past, too."""
+    """Projecting only those positions equals projecting all and ignoring the rest; behind a past, and from the first on, too."""
     batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9]), data.Row([5, 4], [3])], model.device)
-    for past_kv in (None, model(random_ids(1, 4))[1]):
+    short = data.batch_of([data.Row([1], [4, 5]), data.Row([6], [7])], model.device)  # as from empty inputs
+    past = model(random_ids(1, 4))[1]
+    for batch, past_kv in ((batch, None), (batch, past), (short, past)):
         hidden, targets = train.target_hidden(model, batch, past_kv)
         all_logits, _ = model(batch.idx, past_kv)
         expected = torch.nn.functional.cross_entropy(all_logits.float().flatten(0, 1), batch.targets.flatten())
