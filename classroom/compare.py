@@ -34,7 +34,7 @@ from common import (
     spread,
     train,
     write_json,
-)  # fmt: skip
+)
 
 NAMES = {
     "none": "frozen base",
