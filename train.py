@@ -38,7 +38,11 @@ from model import GPT, GPTConfig, KVCache
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # or MKL's sums depend on where memory happens to lie
+# So that a run repeats bit for bit: MKL's sums must not depend on where memory happens to lie, and its functions (AdamW's
+# square root, the tanh of a prefix's MLP) want a first call on one thread; a first call on several at once may leave one of
+# them with a version of four digits (github.com/pytorch/pytorch/issues/188792).
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+torch.ones(1).sqrt().tanh()
 
 DEFAULT_BASE = Path("out/base")
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, foremost first
