@@ -353,7 +353,7 @@ def pretrain(out: Path, args: argparse.Namespace, device: torch.device, windows:
         loss.backward()
         for stepper in optimizers + schedules:
             stepper.step()
-        progress.show(step, tokens[:, 1:].numel(), f"loss {loss.item():.3f}")
+        progress.show(step, tokens[:, 1:].numel(), f"loss {loss:.3f}")
     with data.replaced_directory(out) as new:
         model.save_pretrained(new)
         data.save_tokenizer(new, merges)

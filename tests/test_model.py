@@ -401,6 +401,7 @@ def test_what_is_not_this_architecture_is_refused_by_name(model, tmp_path, chang
         ({"n_embd": 32}, "wte.weight is"),
         ({"vocab_size": 10**6 - 1}, "asks for .999999, 16."),
         ({"n_layer": 4}, "no h.3.ln_1.weight"),
+        ({"n_layer": 1000}, "no h.3.ln_1.weight"),
         ({"n_layer": 2}, "h.2."),
     ],
 )

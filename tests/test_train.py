@@ -292,8 +292,11 @@ def test_pretraining_written_out(tmp_path, monkeypatch, capsys):
     rates, LambdaLR = [], torch.optim.lr_scheduler.LambdaLR
     monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", lambda *given: rates.append(given[1]) or LambdaLR(*given))
     flags = ["--method", "pretrain", "--steps", "3", "--batch-size", "8", "--seed", "5", "--lr", "0.1"]
+    shown, show = [], train.Progress.show
+    monkeypatch.setattr(train.Progress, "show", lambda self, *given: shown.append(given[:2]) or show(self, *given))
     args = train.parse([*flags, "--out", str(tmp_path / "base")])
     train.pretrain(args.out, args, torch.device("cpu"))
+    assert shown == [(1, 8 * 128), (2, 8 * 128), (3, 8 * 128)]
     assert re.search(r"step    3/3  loss \d\.\d\d\d  .* tokens/s", capsys.readouterr().out)
     got, tokenizer, rng = GPT.from_pretrained(args.out), data.load_tokenizer(args.out), random.Random(5)
     texts = [data.random_document(rng) for _ in range(48)]
@@ -326,17 +329,17 @@ def test_pretraining_written_out(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
-    """Two seconds and 50 tokens a step, taken up after step 10: a line every tenth, or one that is refreshed every fifth step."""
+    """A quarter of a second and 50 tokens a step, from step 10 on: a line every tenth, or one refreshed every fifth step."""
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    progress = train.Progress(10, 30)
-    for step in range(11, 31):
-        clock.now += 2
+    progress = train.Progress(10, 51)
+    for step in range(11, 52):
+        clock.now += 0.25
         progress.show(step, 50, "loss 1.0")
-    line = "step {:4}/30  loss 1.0      25 tokens/s  {:3} s left"
-    steps = [15, 20, 25, 30] if terminal else [12, 15, 18, 21, 24, 27, 30]
-    lines = [line.format(step, 2 * (30 - step)) for step in steps]
+    line = "step {:4}/51  loss 1.0     200 tokens/s  {:3.0f} s left"
+    steps = [*range(15, 51, 5), 51] if terminal else [*range(12, 51, 6), 51]
+    lines = [line.format(step, (51 - step) / 4) for step in steps]
     assert capsys.readouterr().out == ("".join("\r" + line for line in lines) if terminal else "\n".join(lines)) + "\n"
 
 
@@ -516,6 +519,9 @@ def test_a_checkpoint_of_another_run_is_not_taken(base, tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=f"is of a run with {message}: repeat its flags, or delete it"):
             run(base, *flags, "--resume", out=tmp_path / "out", steps=7)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="is of a run with base .*, not of the twin: repeat"):
+        patch.setattr(GPT, "fingerprint", lambda model: "of the twin")
+        run(base, "--resume", out=tmp_path / "out", steps=7)
     assert file.read_bytes() == before
     file.write_bytes(before[:-9])
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
