@@ -1,6 +1,6 @@
 """Kill a run at thirty seeded moments, start it again with --resume: it must end bit for bit where an undisturbed one does.
 
-    python tests/kill.py            about six minutes on two cores; --moments N for fewer
+    python tests/kill.py            about five minutes on two cores; --moments N for fewer
 
 Half of the moments are points in time, half are touches of a file: before the n-th opening, renaming or removing below the
 working folder the process kills itself, so that saving is met at every stage. After each kill, whatever lies there must load.
