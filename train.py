@@ -40,7 +40,7 @@ from soft_prompt import SoftPrompt
 
 # So that a run repeats bit for bit: MKL's sums must not depend on where memory happens to lie, and its functions (AdamW's
 # square root, the tanh of a prefix's MLP) want a first call on one thread; a first call on several at once may leave one of
-# them with a version of four digits (github.com/pytorch/pytorch/issues/188792).
+# them with a coarse version, of three or four digits (github.com/pytorch/pytorch/issues/188792).
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 torch.ones(1).sqrt().tanh()
 
@@ -642,16 +642,9 @@ def main(argv: list[str] | None = None) -> dict:
 
     print(f"test     frozen  loss {loss_frozen:.3f}  exact match {share(exact_frozen):5.1f} %")
     print(f"         tuned   loss {loss:.3f}  exact match {share(exact):5.1f} %\n")
-    best_last = sorted(range(len(test)), key=exact.__getitem__)
-    shown = list(dict.fromkeys(best_last[:1] + best_last[-2:]))  # a wrong one first, if there is one
-    longest = max(len(row.target) for row in test)
-    for i, got in zip(shown, answers(model, run.adapters, tokenizer, [test[i].source for i in shown], longest)):
-        print(f"source   {run.examples['test'][i].input}\nexpected {run.examples['test'][i].target}\ngot      {got}\n")
+    show_answers(run, exact)
     if args.predict:
-        predicted = answers(model, run.adapters, tokenizer, [row.source for row in test], 2 * longest)
-        lines = [json.dumps(e._asdict() | {"prediction": text}) for e, text in zip(run.examples["test"], predicted)]
-        with data.replaced_file(Path(args.predict)) as new:
-            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        save_answers(Path(args.predict), run)
     if args.method != "none":
         save(args.out, run)
     return {
@@ -665,6 +658,26 @@ def main(argv: list[str] | None = None) -> dict:
 def share(hits: list[bool]) -> float:
     """-> the percentage of True."""
     return 100 * sum(hits) / len(hits)
+
+
+def show_answers(run: Run, exact: list[bool]) -> None:
+    """Prints three test examples and what the tuned model makes of them, a wrong one first, if there is one."""
+    rows = run.rows["test"]
+    best_last = sorted(range(len(rows)), key=exact.__getitem__)
+    shown = list(dict.fromkeys(best_last[:1] + best_last[-2:]))
+    longest = max(len(row.target) for row in rows)
+    for i, got in zip(shown, answers(run.model, run.adapters, run.tokenizer, [rows[i].source for i in shown], longest)):
+        print(f"source   {run.examples['test'][i].input}\nexpected {run.examples['test'][i].target}\ngot      {got}\n")
+
+
+def save_answers(file: Path, run: Run) -> None:
+    """Writes every test example with what the tuned model makes of it, as JSONL."""
+    rows = run.rows["test"]
+    longest = max(len(row.target) for row in rows)
+    predicted = answers(run.model, run.adapters, run.tokenizer, [row.source for row in rows], 2 * longest)
+    lines = [json.dumps(e._asdict() | {"prediction": text}) for e, text in zip(run.examples["test"], predicted)]
+    with data.replaced_file(file) as new:
+        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def save(out: Path, run: Run) -> None:
