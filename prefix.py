@@ -12,16 +12,13 @@ cache are themselves the parameters, P · L·2·C of them:
       k and v, each  (1, H, P, D)        (B, H, T, D)
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import read_json, replaced_directory, saved_file
-from model import FLOATS, GPT, KVCache, read_tensors
+from model import Decoder, KVCache, behind
+from storage.adapters import read_adapter, write_adapter
 
 
 class Prefix(nn.Module):
@@ -42,7 +39,7 @@ class Prefix(nn.Module):
         return cls(torch.stack([torch.stack(kv) for kv in cache])[:, :, 0].permute(3, 0, 1, 2, 4))
 
     @classmethod
-    def text(cls, model: GPT, ids: Tensor) -> "Prefix":
+    def text(cls, model: Decoder, ids: Tensor) -> "Prefix":
         """(P,) ids -> the keys and values that the model computes for a real text (Li & Liang §6.5).
 
         Untrained, it acts exactly as that text in the context would, so training starts from a place the model knows.
@@ -51,20 +48,20 @@ class Prefix(nn.Module):
         return cls.from_cache(cache)
 
     @classmethod
-    def vocab(cls, model: GPT, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
+    def vocab(cls, model: Decoder, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
         """ids of frequent tokens -> the keys and values of P of them, drawn at random (the "random words" of Li & Liang §6.5)."""
         return cls.text(model, drawn(ids, n_virtual, generator))
 
     @classmethod
-    def random(cls, model: GPT, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
+    def random(cls, model: Decoder, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
         """-> P rows drawn from N(0, 0.02²), the scale of GPT-2's weights. The model never met such keys."""
-        return cls(0.02 * torch.randn(kv_shape(model, n_virtual), generator=generator).to(model.device))
+        return cls(0.02 * torch.randn(model.kv_shape(n_virtual), generator=generator).to(model.device))
 
     @classmethod
-    def zero(cls, model: GPT, n_virtual: int) -> "Prefix":
+    def zero(cls, model: Decoder, n_virtual: int) -> "Prefix":
         """-> P rows of zeros. Not a no-op, for a zero key still draws attention away from the text; and rows that
         start equal get equal gradients, so they stay equal, and P of them never learn more than one could."""
-        return cls(torch.zeros(kv_shape(model, n_virtual), device=model.device))
+        return cls(torch.zeros(model.kv_shape(n_virtual), device=model.device))
 
     def reparametrise(self, mid_dim: int) -> "Prefix":
         """-> self, from now on trained through an MLP: start + MLP(inputs), one small input row a virtual token.
@@ -77,13 +74,10 @@ class Prefix(nn.Module):
         factory = {"device": self.start.device, "dtype": self.start.dtype}
         self.start.requires_grad_(False)
         self.inputs = nn.Parameter(torch.randn(P, H * D, **factory))  # (P, C)
-        self.mlp = nn.Sequential(
-            nn.Linear(H * D, mid_dim, **factory),
-            nn.Tanh(),
-            nn.Linear(mid_dim, L * 2 * H * D, **factory),
-        )
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        first, last = nn.Linear(H * D, mid_dim, **factory), nn.Linear(mid_dim, L * 2 * H * D, **factory)
+        self.mlp = nn.Sequential(first, nn.Tanh(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         return self
 
     def kv(self) -> Tensor:
@@ -98,32 +92,28 @@ class Prefix(nn.Module):
         """-> the same prefix without its MLP, which only training needs: the MLP's output becomes the numbers."""
         return Prefix(self.kv())
 
-    def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
+    def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), cast to the model's dtype; behind `past_kv` if there is one, for all its rows.
 
         Raises ValueError if the model has other sizes than the prefix.
         """
-        if self.start.shape != kv_shape(model, len(self.start)):
-            raise ValueError(
-                f"the prefix has (P, L, 2, H, D) = {tuple(self.start.shape)}, but {model.name} "
-                f"needs {kv_shape(model, len(self.start))}: load it onto the base that it was trained on"
-            )
+        if self.start.shape != model.kv_shape(len(self.start)):
+            shapes = f"(P, L, 2, H, D) = {tuple(self.start.shape)}, but {model.name} needs {model.kv_shape(len(self.start))}"
+            raise ValueError(f"the prefix has {shapes}: load it onto the base that it was trained on")
         per_layer = self.kv().to(model.dtype).permute(1, 2, 3, 0, 4)[:, :, None]  # (L, 2, 1, H, P, D)
-        cache = [(k, v) for k, v in per_layer]
         if past_kv is None:
-            return cache
+            return [(k, v) for k, v in per_layer]
         B = past_kv[0][0].size(0)
-        return [tuple(torch.cat([p, o.expand(B, -1, -1, -1)], dim=2) for p, o in zip(*kvs)) for kvs in zip(past_kv, cache)]
+        return [behind(past, *kv.expand(-1, B, -1, -1, -1)) for past, kv in zip(past_kv, per_layer)]
 
-    def save(self, directory: str | Path, model: GPT | None = None) -> None:
+    def save(self, directory: str | Path, model: Decoder | None = None) -> None:
         """Writes a PEFT directory, and with a model given the fingerprint of that base. The MLP is baked in."""
         P, L, _, H, D = self.start.shape
-        own = {"prefix_projection": False, "encoder_hidden_size": H * D, "init_weights": None}
-        own |= {"num_layers": L, "num_attention_heads": H}
-        write_adapter(directory, "PREFIX_TUNING", self.kv().flatten(1), own, model)
+        sizes = {"num_layers": L, "num_attention_heads": H, "token_dim": H * D, "encoder_hidden_size": H * D}
+        write_adapter(directory, "PREFIX_TUNING", self.kv().flatten(1), model, sizes)
 
     @classmethod
-    def load(cls, directory: str | Path, model: GPT | None = None) -> "Prefix":
+    def load(cls, directory: str | Path, model: Decoder | None = None) -> "Prefix":
         """A PEFT prefix-tuning directory -> Prefix. With a model given, it must be the base that it was trained on.
 
         PEFT stores (P, L·2·C), which are the axes here, flattened; the MLP of a PEFT adapter was baked in by PEFT.
@@ -131,17 +121,9 @@ class Prefix(nn.Module):
         rows, config = read_adapter(directory, "PREFIX_TUNING", model)
         L, H, C = (config.get(key) for key in ("num_layers", "num_attention_heads", "token_dim"))
         if not all(isinstance(n, int) and n > 0 for n in (L, H, C)) or C % H or rows.size(1) != L * 2 * C:
-            raise ValueError(
-                f"{directory}: rows of {rows.size(1)} numbers do not fit num_layers {L}, num_attention_heads {H}, "
-                f"token_dim {C} of its adapter_config.json"
-            )
+            sizes = f"num_layers {L}, num_attention_heads {H}, token_dim {C} of its adapter_config.json"
+            raise ValueError(f"{directory}: rows of {rows.size(1)} numbers do not fit {sizes}")
         return cls(rows.view(len(rows), L, 2, H, C // H))
-
-
-def kv_shape(model: GPT, n_virtual: int) -> tuple[int, ...]:
-    """-> (P, L, 2, H, D) of a prefix for this model."""
-    c = model.config
-    return n_virtual, c.n_layer, 2, c.n_head, c.n_embd // c.n_head
 
 
 def trainable(start: Tensor) -> Tensor:
@@ -153,54 +135,3 @@ def drawn(ids: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """-> n of the ids, each at most once as long as there are enough."""
     chosen = torch.multinomial(torch.ones(len(ids)), n, replacement=n > len(ids), generator=generator)
     return ids[chosen.to(ids.device)]
-
-
-# An adapter on disk is a PEFT directory: adapter_config.json, and one tensor in adapter_model.safetensors.
-# base.json beside them is ours: PEFT does not know on which weights an adapter was trained, and takes any base.
-
-
-def write_adapter(directory: str | Path, peft_type: str, rows: Tensor, own: dict[str, Any], model: GPT | None) -> None:
-    """(P, width) rows and the config keys of their kind -> a PEFT directory, whole or not at all."""
-    config = {
-        "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name if model else None,
-        "num_virtual_tokens": len(rows),
-        "num_transformer_submodules": 1,
-        "token_dim": rows.size(1) if peft_type == "PROMPT_TUNING" else own["encoder_hidden_size"],
-        "auto_mapping": None,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "peft_version": "0.21.2",
-        "revision": None,
-    } | own
-    with replaced_directory(directory) as new:
-        (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({"prompt_embeddings": rows.float().cpu()}, new / "adapter_model.safetensors")
-        if model:
-            base = {"base": model.name, "fingerprint": model.fingerprint()}
-            (new / "base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter(directory: str | Path, peft_type: str, model: GPT | None) -> tuple[Tensor, dict[str, Any]]:
-    """A PEFT directory -> (P, width) rows and its config. Raises ValueError for another kind, file or base."""
-    directory = Path(directory)
-    config = read_json(saved_file(directory, "adapter_config.json"))
-    expected = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "modules_to_save": None}
-    for key, value in expected.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{directory}: {key} is {config[key]!r}; only {value!r} can be loaded here")
-    path = saved_file(directory, "adapter_model.safetensors")
-    rows = read_tensors(path).get("prompt_embeddings")
-    if rows is None or rows.dim() != 2 or rows.dtype not in FLOATS or not rows.isfinite().all():
-        raise ValueError(f"{path} holds no prompt_embeddings that are finite numbers in rows: train or save it again")
-    if config.get("num_virtual_tokens") != len(rows):
-        raise ValueError(f"{path} has {len(rows)} rows, its adapter_config.json {config.get('num_virtual_tokens')}")
-    if model and (directory / "base.json").exists():
-        base = read_json(directory / "base.json")
-        if base.get("fingerprint") != model.fingerprint():
-            raise ValueError(
-                f"{directory} was trained on {base.get('base')} (fingerprint {base.get('fingerprint')}), "
-                f"not on {model.name} ({model.fingerprint()}): give that base, or train again"
-            )
-    return rows, config

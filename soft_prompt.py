@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, KVCache
-from prefix import drawn, read_adapter, trainable, write_adapter
+from model import Decoder, KVCache
+from prefix import drawn, trainable
+from storage.adapters import read_adapter, write_adapter
 
 
 class SoftPrompt(nn.Module):
@@ -35,26 +36,26 @@ class SoftPrompt(nn.Module):
         self.vectors = nn.Parameter(trainable(vectors))
 
     @classmethod
-    def text(cls, model: GPT, ids: Tensor) -> "SoftPrompt":
+    def text(cls, model: Decoder, ids: Tensor) -> "SoftPrompt":
         """(P,) ids of a text -> their embeddings. Untrained, it acts exactly as that text in the context would."""
         return cls(model.wte(ids))
 
     @classmethod
-    def vocab(cls, model: GPT, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
+    def vocab(cls, model: Decoder, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
         """ids of frequent tokens -> the embeddings of P of them, drawn without regard to order (Lester et al. §3.2)."""
         return cls.text(model, drawn(ids, n_virtual, generator))
 
     @classmethod
-    def random(cls, model: GPT, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
+    def random(cls, model: Decoder, n_virtual: int, generator: torch.Generator | None = None) -> "SoftPrompt":
         """-> P vectors uniform in ±0.5 (Lester et al. §3.2)."""
         return cls(torch.rand(n_virtual, model.config.n_embd, generator=generator).to(model.device) - 0.5)
 
     @classmethod
-    def zero(cls, model: GPT, n_virtual: int) -> "SoftPrompt":
+    def zero(cls, model: Decoder, n_virtual: int) -> "SoftPrompt":
         """-> P vectors of zeros. The model adds its positions, so the rows differ, unlike those of a zero prefix."""
         return cls(torch.zeros(n_virtual, model.config.n_embd, device=model.device))
 
-    def past_kv(self, model: GPT, past_kv: KVCache | None = None) -> KVCache:
+    def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), as the model computes them from the vectors; behind `past_kv` if given.
 
         The vectors take the place of token embeddings, in the model's dtype, once for each row of that past.
@@ -62,16 +63,14 @@ class SoftPrompt(nn.Module):
         """
         P, C = self.vectors.shape
         if C != model.config.n_embd:
-            raise ValueError(
-                f"the soft prompt has vectors of {C} numbers, but {model.name} has n_embd {model.config.n_embd}: "
-                "load it onto the base that it was trained on"
-            )
+            widths = f"vectors of {C} numbers, but {model.name} has n_embd {model.config.n_embd}"
+            raise ValueError(f"the soft prompt has {widths}: load it onto the base that it was trained on")
         B = past_kv[0][0].size(0) if past_kv else 1
         vectors = self.vectors.to(model.dtype).expand(B, P, C)
-        _, cache = model.forward_embeddings(vectors, past_kv, last=1)  # only the cache is wanted
+        _, cache = model.forward_embeddings(vectors, past_kv)
         return cache
 
-    def nearest_tokens(self, model: GPT, k: int = 1) -> Tensor:
+    def nearest_tokens(self, model: Decoder, k: int = 1) -> Tensor:
         """-> (P, k) ids of the k vocabulary entries nearest to each vector, by cosine (Lester et al. §7).
 
         By the angle alone, since trained vectors grow far longer than any embedding.
@@ -83,20 +82,14 @@ class SoftPrompt(nn.Module):
         """-> how many numbers `save` writes."""
         return self.vectors.numel()
 
-    def save(self, directory: str | Path, model: GPT | None = None) -> None:
+    def save(self, directory: str | Path, model: Decoder | None = None) -> None:
         """Writes a PEFT directory, and with a model given the fingerprint of that base."""
-        own = {
-            "prompt_tuning_init": "RANDOM",  # what PEFT would do before loading these vectors; any other needs a text
-            "prompt_tuning_init_text": None,
-            "tokenizer_name_or_path": None,
-            "tokenizer_kwargs": None,
-            "num_layers": model.config.n_layer if model else None,
-            "num_attention_heads": model.config.n_head if model else None,
-        }
-        write_adapter(directory, "PROMPT_TUNING", self.vectors, own, model)
+        L, H = (model.config.n_layer, model.config.n_head) if model else (None, None)
+        sizes = {"num_layers": L, "num_attention_heads": H, "token_dim": self.vectors.size(1)}
+        write_adapter(directory, "PROMPT_TUNING", self.vectors, model, sizes)
 
     @classmethod
-    def load(cls, directory: str | Path, model: GPT | None = None) -> "SoftPrompt":
+    def load(cls, directory: str | Path, model: Decoder | None = None) -> "SoftPrompt":
         """A PEFT prompt-tuning directory -> SoftPrompt. With a model given, it must be the base it was trained on."""
         vectors, _ = read_adapter(directory, "PROMPT_TUNING", model)
         return cls(vectors)

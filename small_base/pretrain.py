@@ -1,0 +1,134 @@
+"""Makes the small base: a tokenizer and a GPT of 0.9 M parameters, in less than a minute on two cores."""
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import regex
+import torch
+import torch.nn.functional as F
+from tiktoken_ext.openai_public import r50k_pat_str
+from torch import Tensor, nn
+
+from model import GPT, GPTConfig
+from small_base.process import Progress, say
+from small_base.world import random_document
+from storage.base import save_base
+from storage.files import OURS, check_writable
+from storage.tokenizers import build_tokenizer, ranks_of, save_tokenizer
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file -> its text. Raises ValueError if it is missing, empty or in another encoding."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """Texts -> up to n_merges pairs of byte strings, the most frequent neighbours first (Sennrich et al. 2016).
+
+    Words are GPT-2's (its splitting pattern), counted once each, and a merge revisits only the words that hold it. A run of
+    more than 50 characters without a break is no word, and would be revisited by nearly every merge.
+    """
+    found = (word for text in texts for word in regex.findall(r50k_pat_str, text))
+    counts = Counter(word for word in found if len(word) <= 50)
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
+    pairs, where = Counter(), defaultdict(set)
+
+    def count(i: int, sign: int) -> None:
+        parts, n = words[i]
+        for pair in zip(parts, parts[1:]):
+            pairs[pair] += sign * n
+            where[pair].add(i)
+
+    for i in range(len(words)):
+        count(i, +1)
+    merges = []
+    while pairs and len(merges) < n_merges:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        merges.append(best)
+        for i in where[best].copy():
+            count(i, -1)
+            parts, j = words[i][0], 0
+            while j < len(parts) - 1:
+                if (parts[j], parts[j + 1]) == best:
+                    parts[j : j + 2] = [parts[j] + parts[j + 1]]
+                j += 1
+            count(i, +1)
+    return merges
+
+
+def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """(N,) ids -> (n, length) windows of them that start anywhere, so that the base meets every text at every position:
+    virtual tokens will shift the text. What it costs to leave this out: classroom/exp6_positions.py."""
+    starts = torch.randint(len(stream) - length + 1, (n, 1), generator=generator)
+    return stream[starts + torch.arange(length)]
+
+
+def pretrain(
+    out: Path, texts: list[str], steps: int, lr: float, batch_size: int, seed: int, device: torch.device,
+    windows: Callable = windows_anywhere,
+) -> None:  # fmt: skip
+    """Makes a base from texts, or from the restaurant world where there are none, and saves it with its tokenizer to `out`.
+
+    Documents are packed into one stream and read in windows. A base is never overwritten, not even by another process that
+    finishes later. Raises ValueError if something is there, the texts are too few, or the loss is no number.
+    """
+    if found := [name for name in OURS if (out / name).exists()]:
+        raise ValueError(f"{out} holds {found[0]} already, and a base is not overwritten: name another --out")
+    check_writable(out)
+    say(f"pretraining the small base, once, into {out}")
+    rng = random.Random(seed)
+    texts = texts or [random_document(rng) for _ in range(2 * steps * batch_size)]
+    merges = train_bpe(texts[:5000], n_merges=700)
+    tokenizer = build_tokenizer(ranks_of(merges))
+    stream = torch.tensor([i for ids in tokenizer.encode_ordinary_batch(texts) for i in (*ids, tokenizer.eot_token)])
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(tokenizer.n_vocab)).to(device)
+    # GPT-2's 0.02 leaves the tokens of a kind nearly alike, and what they share drowns what tells them apart: no value is
+    # copied. Where they differ from the outset, all kinds are copied in half the steps.
+    nn.init.normal_(model.wte.weight, std=0.4)
+    nn.init.constant_(model.ln_f.weight, 0.1)  # so that the head, which is the same matrix, still starts with small logits
+    length = model.config.block_size + 1
+    if len(stream) < 10 * length:
+        raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * length} to learn from")
+
+    generator, progress = torch.Generator().manual_seed(seed), Progress(0, steps)
+    optimizers = optimizers_of(model, lr)
+    for step in range(steps):
+        tokens = windows(stream, batch_size, length, generator).to(device)  # (B, T + 1)
+        for optimizer, peak in optimizers:
+            # warm-up, a plateau, and a straight line down over the last 30 %
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 30, (steps - step) / (0.3 * steps))
+        model.zero_grad()
+        logits, _ = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss became {loss:.3g} with --lr {lr:g}: lower it. Nothing was saved")
+        for optimizer, _ in optimizers:
+            optimizer.step()
+        progress.show(step + 1, tokens[:, 1:].numel(), f"loss {loss:.3f}")
+
+    if (out / "config.json").exists():
+        return say(f"{out} was made by another process meanwhile, and stays")
+    save_tokenizer(out, merges)
+    save_base(model, out)
+
+
+def optimizers_of(model: GPT, lr: float) -> list[tuple[torch.optim.Optimizer, float]]:
+    """-> Muon (Jordan et al. 2024) for the matrices of the blocks, with which copying is learnt sooner than with Adam, and
+    AdamW for all else; each with its peak learning rate."""
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1)
+    return [(muon, lr), (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), 3e-3)]
