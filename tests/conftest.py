@@ -16,9 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 from blank import EXERCISES  # noqa: E402
 
-import data  # noqa: E402
 import train  # noqa: E402
+from data import Example  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from small_base.process import start_process  # noqa: E402
+from small_base.world import task_examples  # noqa: E402
+
+start_process()
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
 D = C // H
@@ -52,8 +56,8 @@ def model() -> GPT:
     return random_model()
 
 
-def write_jsonl(path: Path, examples: list[data.Example]) -> None:
-    path.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
+def write_jsonl(path: Path, examples: list[Example]) -> None:
+    path.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in examples))
 
 
 @pytest.fixture(scope="session")
@@ -61,5 +65,5 @@ def base(tmp_path_factory) -> str:
     """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
     directory = tmp_path_factory.mktemp("base")
     train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
-    write_jsonl(directory / "forty.jsonl", data.task_examples("sentence", "train", 40, 0))
+    write_jsonl(directory / "forty.jsonl", task_examples("sentence", "train", 40, 0))
     return str(directory / "mini")
