@@ -34,9 +34,9 @@ from small_base.process import Progress, pick_device, run_command, say, start_pr
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
-from storage.base import HUB_REPOS, fingerprint, load_base, save_base
+from storage.base import HUB_REPOS, base_directory, fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint, Curve
-from storage.files import TRAINING, check_place, check_predictions, replace_file, write_json
+from storage.files import TRAINING, check_place, check_predictions, read_json, replace_file, write_json
 from storage.tokenizers import copy_tokenizer, load_tokenizer
 
 DEFAULT_BASE = Path("out/base")
@@ -242,7 +242,8 @@ def answers(
             chunk = same[start : start + 32]
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
             for i, row in zip(chunk, model.generate(idx, room, past_kv, stop_token=end, **sampling).tolist()):
-                texts[i] = tokenizer.decode([token for token in row[length:] if token < end])
+                answer = row[length : row.index(end, length)] if end in row[length:] else row[length:]
+                texts[i] = tokenizer.decode([token for token in answer if token < tokenizer.n_vocab])
     return texts
 
 
@@ -417,7 +418,7 @@ def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: d
             adapter.save(place, model)
         else:
             copy_tokenizer(model.name, place)
-            save_base(model, place)
+            save_base(model, place, read_json(base_directory(model.name) / "config.json"))
     use = f"--base {model.name} --adapter {found['out']}" if adapters else f"--base {found['out']}"
     if places:
         say(f'saved to {found["out"]}; use it with: python train.py {use} --prompt "…"\n')
