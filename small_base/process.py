@@ -74,9 +74,10 @@ class Progress:
         now, last = time.perf_counter(), step == self.steps
         terminal = sys.stdout is not None and sys.stdout.isatty()
         tenth = not terminal and step % math.ceil(self.steps / 10) == 0
-        if last or tenth or now - self.shown > (0.2 if terminal else 5):
-            self.shown, seconds = now, now - self.begin
-            left = seconds / (step - self.first) * (self.steps - step)
+        seconds = now - self.begin
+        a_step = seconds / (step - self.first)
+        if last or tenth or now - self.shown + a_step > (0.2 if terminal else 5):  # the next one would be late
+            self.shown, left = now, a_step * (self.steps - step)
             line = f"step {step:4}/{self.steps}  {losses}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
             say(line, start="\r" if terminal else "", end="\n" if last or not terminal else "")
 
