@@ -186,7 +186,7 @@ def load_examples(task: str, path: str | None, val_path: str | None, seed: int) 
         sizes = {"train": 1000, "validation": 200, "test": 500}
         return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
     train = read_jsonl(path)
-    held_out, train = (read_jsonl(val_path), train) if val_path else hold_out(train, seed)
+    held_out, train = (read_jsonl(val_path), train) if val_path is not None else hold_out(train, seed)
     return {"train": train, "validation": held_out, "test": held_out}
 
 
