@@ -211,8 +211,8 @@ def new_adapters(
         return [kind.text(model, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
     adapters = load_adapters(init, model)
     if tuple(map(type, adapters)) != kinds:
-        found, needed = (" and ".join(kind.__name__ for kind in some) for some in (map(type, adapters), kinds))
-        raise ValueError(f"--init {init} holds a {found}, and --method trains a {needed}")
+        found, needed = (" and ".join(f"a {kind.__name__}" for kind in some) for some in (map(type, adapters), kinds))
+        raise ValueError(f"--init {init} holds {found}, and --method trains {needed or 'no adapter'}")
     return adapters
 
 
