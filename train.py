@@ -370,7 +370,7 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names
     places = [] if args.method == "none" else [args.out / name for name in STACK] if len(adapters) > 1 else [args.out]
-    for place in {args.out, *places} if places else ():  # a stack does not move in with an adapter
+    for place in places and [args.out, *places]:  # a stack does not move in with an adapter
         check_place(place, found)
     if args.predict:
         check_predictions(args.predict)
