@@ -134,7 +134,7 @@ def test_the_loss_of_an_evaluation_is_that_of_training(model):
     """However the rows are cut into batches, and behind an adapter."""
     rows = [data.Row(random_ids(i + 1, seed=i).tolist(), random_ids(i % 3 + 1, seed=50 + i).tolist()) for i in range(7)]
     batch, prefix, n = data.batch_of(rows, model.device), Prefix.text(model, random_ids(3)), sum(len(row.target) for row in rows)
-    expected = float(loss_on_all_logits(model, batch, prefix.past_kv(model)) / n)
+    expected = (loss_on_all_logits(model, batch, prefix.past_kv(model)) / n).item()
     for batch_size in (1, 3, 7, 8):
         assert train.evaluate(model, [prefix], rows, batch_size)[0] == pytest.approx(expected, rel=1e-6)
 
@@ -148,9 +148,9 @@ def test_a_run_of_each_method(base, tmp_path, capsys, method):
     before = files_in(Path(base))
     result = run(base, "--method", method, out=tmp_path / "out", steps=6)
     assert files_in(Path(base)) == before
-    assert set(result) == {
-        "method", "task", "out", "n_trainable", "n_stored", "n_base", "percent", "loss_frozen", "loss",
-        "exact_match_frozen", "exact_match", "seconds_train", "curve",
+    assert set(result) >= {
+        "method", "task", "data", "base", "out", "steps", "lr", "n_trainable", "n_stored", "n_base", "percent", "loss_frozen",
+        "loss", "exact_match_frozen", "exact_match", "seconds_train", "curve",
     }  # fmt: skip
     low, high = {"prefix": (0.1, 1), "soft_prompt": (0.01, 0.1), "both": (0.1, 1), "full": (100, 100), "none": (0, 0)}[method]
     assert low <= result["percent"] <= high and result["percent"] == 100 * result["n_stored"] / result["n_base"]
@@ -191,7 +191,7 @@ def test_tuning_written_out(base, monkeypatch):
     curve = train.tune(model, [prompt], {"train": rows, "validation": rows}, plan(12, lr=0.05, seed=7, eval_every=5))
     assert_close(prompt.vectors.data, x.data, rtol=1e-3, atol=1e-4)
     assert [step for step, _ in curve] == [0, 5, 10, 12] and set(sizes) == {4, 2}  # six rows are looked at in two parts
-    assert curve[-1][1] == pytest.approx(train.evaluate(model, [prompt], rows, 4)[0], rel=1e-6) < curve[0][1]
+    assert curve[-1][1] < curve[0][1] and curve[-1][1] == pytest.approx(train.evaluate(model, [prompt], rows, 4)[0], rel=1e-6)
 
 
 def test_training_moves_the_adapters_and_nothing_else(base):
@@ -462,10 +462,10 @@ def shown_by(monkeypatch, capsys, terminal: bool, first: int, steps: int, second
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
-    """A sixteenth of a second a step, from step 10 on: a line every tenth, or one refreshed every fourth step."""
+    """A sixteenth of a second a step, from step 10 on: a line every tenth, or one refreshed every third step."""
     printed = shown_by(monkeypatch, capsys, terminal, 10, 51, 0.0625)
     line = "step {:4}/51  loss 1.0     800 tokens/s  {:3.0f} s left"
-    steps = [*range(14, 51, 4), 51] if terminal else [*range(12, 51, 6), 51]
+    steps = [*range(13, 51, 3), 51] if terminal else [*range(12, 51, 6), 51]
     lines = [line.format(step, (51 - step) / 16) for step in steps]
     lines = ["\r" + line for line in lines[:-1]] + ["\r" + lines[-1] + "\n"] if terminal else [line + "\n" for line in lines]
     assert [text for _, text in printed] == lines
@@ -558,8 +558,10 @@ def test_training_goes_on_from_another_tasks_adapter(base, tmp_path, method):
     assert again["curve"][0][1] == pytest.approx(first["curve"][-1][1], rel=1e-6)  # it starts where the other ended
     assert again["n_stored"] == first["n_stored"]
     other = "soft_prompt" if method == "prefix" else "prefix"
-    with pytest.raises(ValueError, match=f"--init {tmp_path}/first holds a .*, and --method {other} trains a "):
+    with pytest.raises(ValueError, match=f"--init {tmp_path}/first holds a .*, and --method trains a (Prefix|SoftPrompt)$"):
         run(base, "--method", other, "--init", tmp_path / "first", out=tmp_path / "other")
+    with pytest.raises(ValueError, match="holds a .*, and --method trains no adapter$"):
+        run(base, "--method", "full", "--init", tmp_path / "first", out=tmp_path / "other")
 
 
 def test_the_readmes_python_runs(base, tmp_path, monkeypatch):
@@ -707,7 +709,7 @@ def after_training(monkeypatch, change) -> None:
     monkeypatch.setattr(train, "tune", tuned)
 
 
-@pytest.mark.parametrize("where", ["evaluate", "predictions", "answers", "replace_file"])
+@pytest.mark.parametrize("where", ["evaluate", "say", "show", "answers", "replace_file"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), MemoryError()], ids=lambda e: type(e).__name__)
 def test_what_comes_after_training_cannot_lose_it(base, tmp_path, monkeypatch, where, error):
     """Whether testing, showing or predicting is interrupted or fails: the adapter and its settings are saved already."""
@@ -725,7 +727,7 @@ def test_each_method_saves_before_it_tests(base, tmp_path, monkeypatch, method):
     with pytest.raises(KeyboardInterrupt):
         after_training(monkeypatch, lambda: monkeypatch.setattr(train, "evaluate", raising(KeyboardInterrupt())))
         run(base, "--method", method, out=tmp_path / "out")
-    assert prompted(*([tmp_path / "out"] if method == "full" else [base, "--adapter", tmp_path / "out"]), "--prompt", "x")
+    assert prompted(*([str(tmp_path / "out")] if method == "full" else [base, "--adapter", tmp_path / "out"]), "--prompt", "x")
     assert not (tmp_path / "out" / CHECKPOINT).exists()
 
 
@@ -894,6 +896,7 @@ def test_a_run_without_any_output_saves(base, tmp_path):
 
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\b\r\x7f"
+RAW = set("\x1b\x07\x9b\b\r\x7f")
 
 
 def test_a_strangers_control_characters_are_not_printed(base, tmp_path, monkeypatch, capsys):
@@ -903,7 +906,7 @@ def test_a_strangers_control_characters_are_not_printed(base, tmp_path, monkeypa
     monkeypatch.setattr(train, "answers", lambda *_, **__: [f"c{ESCAPES}\td\n"])
     completion = prompted(base, "--prompt", "x")
     said = capsys.readouterr().out
-    assert not set(ESCAPES) & set(said) and "source   a�" in said and said.endswith("\td\n\n")
+    assert not RAW & set(said) and "source   a�" in said and said.endswith("\td\n\n")
     assert completion == f"c{ESCAPES}\td\n"  # to a program, they are what they are
 
 
@@ -920,7 +923,7 @@ def sentence_of(capsys, action) -> str:
 def test_a_strangers_control_characters_are_not_in_messages_either(base, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"target": "x", "' + json.dumps(ESCAPES)[1:-1] + '": 1}\n' + "x" * 10**5)
     said = sentence_of(capsys, lambda: run(base, "--data", tmp_path / "bad.jsonl", out=tmp_path / "out"))
-    assert 'line 1 has the key "' in said and not set(ESCAPES) & set(said)
+    assert 'line 1 has the key "' in said and not RAW & set(said)
     assert len(sentence_of(capsys, raising(ValueError("x" * 10**5)))) < 1100
 
 
@@ -939,10 +942,11 @@ def test_memory_that_does_not_suffice_gets_a_sentence(base, tmp_path, monkeypatc
     assert "error: the memory does not suffice: lower --batch-size or --n-virtual, or give --dtype bfloat16" in said
 
 
-def test_a_mistake_of_ours_stays_a_traceback(base, tmp_path, monkeypatch):
-    """A RuntimeError about anything but memory is nothing that a user could mend."""
-    monkeypatch.setattr(train, "tune", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+@pytest.mark.parametrize("mistake", ["mat1 and mat2 shapes cannot be multiplied", "CUDA error: an illegal memory access was encountered"])
+def test_a_mistake_of_ours_stays_a_traceback(base, tmp_path, monkeypatch, mistake):
+    """A RuntimeError about anything but a lack of memory is nothing that a user could mend."""
+    monkeypatch.setattr(train, "tune", raising(RuntimeError(mistake)))
+    with pytest.raises(RuntimeError, match=mistake):
         small_base.process.run_command(lambda: run(base, out=tmp_path / "out"))
 
 
@@ -1117,7 +1121,7 @@ def test_a_path_that_leads_round_in_a_circle_gets_a_sentence(base, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     monkeypatch.setattr(train, "tune", None)
-    for path in ("loop", "loop/x")[flag == "--predict" :]:
+    for path in (tmp_path / "loop", tmp_path / "loop" / "x")[flag == "--predict" :]:
         flags = [flag, path, *{"--adapter": ["--prompt", "x"], "--corpus": ["--method", "pretrain"]}.get(flag, [])]
         assert "loop" in sentence_of(capsys, lambda: run(base, *flags, out=None if flag == "--out" else tmp_path / "out"))
 
@@ -1136,7 +1140,7 @@ def test_without_a_home_nor_a_network_gpt2_gets_a_sentence(tmp_path, monkeypatch
     monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("no such user")))
     monkeypatch.setattr(storage.base, "HUB", (tmp_path / "missing").as_uri() + "/{repo}/{file}")
     said = sentence_of(capsys, lambda: train.main(["--base", "gpt2", "--device", "cpu", "--task", "chat"]))
-    assert "cannot download" in said and "put config.json, vocab.json, merges.txt, model.safetensors of gpt2 into" in said
+    assert "gpt2 is no directory, and cannot be downloaded" in said and "of gpt2 into ~" in said
 
 
 def test_a_learning_rate_too_high_stops_the_run_and_keeps_the_last_adapter(base, tmp_path):
