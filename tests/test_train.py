@@ -709,7 +709,7 @@ def after_training(monkeypatch, change) -> None:
     monkeypatch.setattr(train, "tune", tuned)
 
 
-@pytest.mark.parametrize("where", ["evaluate", "say", "show", "answers", "replace_file"])
+@pytest.mark.parametrize("where", ["evaluate", "show", "answers", "replace_file"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), MemoryError()], ids=lambda e: type(e).__name__)
 def test_what_comes_after_training_cannot_lose_it(base, tmp_path, monkeypatch, where, error):
     """Whether testing, showing or predicting is interrupted or fails: the adapter and its settings are saved already."""
@@ -1057,7 +1057,7 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
         (["--seed", "-1"], "--seed -1: give 0 to "),
         (["--seed", str(2**63)], "--seed 9223372036854775808: give 0 to "),
         (["--lr", "1e39"], "--lr 1e\\+39: give 1e-30 to 1e\\+38"),
-        (["--base", ""], "vocab.json does not exist"),
+        (["--base", ""], "config.json does not exist: . is not the directory"),
         (["--device", "cpu:x"], "--device cpu:x is not there"),
         (["--n-virtual", "128"], "36 of 36 examples are too long: .* the base reads 128, 128 of them virtual: .* lower --n-virtual"),
         (["--n-virtual", "129"], "129 new positions > block_size 128: .* lower --n-virtual"),
