@@ -53,8 +53,8 @@ class Checkpoint(NamedTuple):
             state = {}
             for i, parameter in enumerate(trainee.parameters()):
                 if parameter.requires_grad:
-                    state[i] = {name: tensors.pop(f"{i}/{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
-                    state[i]["exp_avg"].view_as(parameter), state[i]["exp_avg_sq"].view_as(parameter)
+                    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                    state[i] = {name: tensors.pop(f"{i}/{name}").to(parameter.dtype).view(shape) for name, shape in shapes.items()}
             trainee.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
             reason = str(error).replace("\n", " ")[:200]
