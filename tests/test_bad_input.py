@@ -169,7 +169,7 @@ class Watch:
 
     def note(self, event: str, arguments: tuple) -> None:
         if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.")):
-            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else arguments))
+            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments)))
 
 
 WATCH = Watch()
@@ -182,6 +182,7 @@ def check_file(places: Path, directory: str, file: str, make, use, n: int) -> No
     """
     rng, path = random.Random(f"{directory} {file}"), places / directory / file
     whole, outcomes = path.read_bytes(), set()
+    use(path.parent)  # whatever Python imports on the first time is imported now
 
     def watched() -> None:
         WATCH.on, WATCH.seen = True, set()
