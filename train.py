@@ -186,7 +186,7 @@ def load_examples(task: str, path: str | None, val_path: str | None, seed: int) 
         sizes = {"train": 1000, "validation": 200, "test": 500}
         return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
     train = read_jsonl(path)
-    held_out, train = (read_jsonl(val_path), train) if val_path else hold_out(train, seed)
+    held_out, train = (read_jsonl(val_path), train) if val_path is not None else hold_out(train, seed)
     return {"train": train, "validation": held_out, "test": held_out}
 
 
@@ -211,8 +211,8 @@ def new_adapters(
         return [kind.text(model, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
     adapters = load_adapters(init, model)
     if tuple(map(type, adapters)) != kinds:
-        found, needed = (" and ".join(kind.__name__ for kind in some) for some in (map(type, adapters), kinds))
-        raise ValueError(f"--init {init} holds a {found}, and --method trains a {needed}")
+        found, needed = (" and ".join(f"a {kind.__name__}" for kind in some) for some in (map(type, adapters), kinds))
+        raise ValueError(f"--init {init} holds {found}, and --method trains {needed or 'no adapter'}")
     return adapters
 
 
@@ -370,7 +370,7 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names
     places = [] if args.method == "none" else [args.out / name for name in STACK] if len(adapters) > 1 else [args.out]
-    for place in places:
+    for place in places and [args.out, *places]:  # a stack does not move in with an adapter
         check_place(place, found)
     if args.predict:
         check_predictions(args.predict)

@@ -29,7 +29,7 @@ class Encoding(tiktoken.Encoding):
     compose = False
 
     def encode_ordinary(self, text: str) -> list[int]:
-        if lacking := set(text.encode()) - self.known_bytes:
+        if lacking := set(text.encode(errors="replace")) - self.known_bytes:
             raise ValueError(f"the vocabulary lacks the byte {min(lacking):#x}, which is in {text!r:.60}: leave it out")
         return super().encode_ordinary(unicodedata.normalize("NFC", text) if self.compose else text)
 

@@ -6,7 +6,6 @@ The cases are drawn anew from a seed each time; a failure prints the case, and r
 import json
 import random
 import re
-import resource
 import struct
 import sys
 from pathlib import Path
@@ -20,7 +19,11 @@ import data
 import train
 from model import GPT, GPTConfig
 from prefix import Prefix
+from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
+from storage.base import fingerprint, load_base, save_base
+from storage.checkpoints import Checkpoint
+from storage.tokenizers import load_tokenizer, save_tokenizer
 
 BLOCK = 40
 ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()", "os.abort"]
@@ -97,8 +100,8 @@ def places(tmp_path_factory) -> Path:
     """A tiny base with ten merges, and an adapter of each kind."""
     directory = tmp_path_factory.mktemp("bad")
     model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
-    model.save_pretrained(directory / "base")
-    data.save_tokenizer(directory / "base", data.train_bpe(["the cat sat on the mat"] * 9, 10))
+    save_base(model, directory / "base")
+    save_tokenizer(directory / "base", train_bpe(["the cat sat on the mat"] * 9, 10))
     Prefix.random(model, 4).save(directory / "prefix", model)
     SoftPrompt.random(model, 4).save(directory / "soft_prompt", model)
     (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
@@ -107,6 +110,9 @@ def places(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
+    """Where the platform tells: less than a GB more than before."""
+    resource = pytest.importorskip("resource")
+
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -172,13 +178,13 @@ def check_file(places: Path, directory: str, file: str, make, use, n: int) -> No
 
 
 def use_base(directory: Path) -> None:
-    model = GPT.from_pretrained(directory).float()
+    model = load_base(directory).float()
     model(torch.zeros(1, 1, dtype=torch.long))
-    model.fingerprint()
+    fingerprint(model)
 
 
 def use_tokenizer(directory: Path) -> None:
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     said = "  a\n\x00é日本語🙂 <|endoftext|>"
     assert tokenizer.decode(data.source_ids(tokenizer, said)) == said + "\n"
 
@@ -186,7 +192,7 @@ def use_tokenizer(directory: Path) -> None:
 def test_bad_lines_of_data(places):
     """400 files of examples; those that are read come back from their ids as they were."""
     rng, path, outcomes = random.Random(0), places / "bad.jsonl", set()
-    tokenizer = data.load_tokenizer(places / "base")
+    tokenizer = load_tokenizer(places / "base")
 
     def use() -> None:
         examples = data.read_jsonl(path)
@@ -204,7 +210,7 @@ def test_bad_lines_of_data(places):
 
 @pytest.mark.parametrize("kind", ["prefix", "soft_prompt"])
 def test_bad_adapters(places, kind):
-    model = GPT.from_pretrained(places / "base")
+    model = load_base(places / "base")
 
     def use(directory: Path) -> None:
         model(random_ids(1, 3), train.load_adapters(str(directory), model)[0].past_kv(model))
