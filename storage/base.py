@@ -48,7 +48,7 @@ def base_directory(name_or_dir: str | Path) -> Path:
                 download(url, directory / file)
             except (OSError, http.client.HTTPException) as error:
                 put = f"put {', '.join(BASE_FILES)} of {name_or_dir} into {directory}"
-                raise ValueError(f"cannot download {url} ({error or type(error).__name__}): {put}") from None
+                raise ValueError(f"cannot download {url} ({str(error)[:200] or type(error).__name__}): {put}") from None
     return directory
 
 
