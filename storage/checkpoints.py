@@ -42,7 +42,7 @@ class Checkpoint(NamedTuple):
             step, curve, found = int(step), [(int(at), float(loss)) for at, loss in curve], dict(found)
             if not curve or step < 1:
                 raise ValueError(f"step {step}, {len(curve)} losses")
-        except (SafetensorError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:  # it may hold anything
+        except (SafetensorError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:  # it may be anything
             raise ValueError(f"{self.file} is not a whole checkpoint ({error}): delete it to start anew") from None
         if not self.resume:
             raise ValueError(f"{self.file} is of a run stopped after step {step}: add --resume to go on, or delete it")

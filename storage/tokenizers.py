@@ -51,7 +51,9 @@ def load_tokenizer(name_or_dir: str | Path) -> tiktoken.Encoding:
     try:
         pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line]
         ranks = ranks_of([(token(a), token(b)) for a, b in pairs])
-        if len(ranks) != 256 + len(pairs) or found.pop(END_OF_TEXT) != len(ranks) or {token(name): i for name, i in found.items()} != ranks:
+        if found.pop(END_OF_TEXT) != len(ranks) or {token(name): i for name, i in found.items()} != ranks:
+            raise ValueError
+        if len(ranks) != 256 + len(pairs):  # two merges make one token
             raise ValueError
     except (KeyError, ValueError):
         raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None
