@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tm
     check_lengths(examples, rows, longest, 0)
     with pytest.raises(ValueError, match=f"^1 of 12 examples are too long: the longest, {path} line 8, takes {longest} tokens"):
         check_lengths(examples, rows, longest - 1, 0)
-    with pytest.raises(ValueError, match=f"^2 of 12 .* takes {longest} tokens, and the base reads {second + 1}, 2 of them virtual: "):
+    with pytest.raises(ValueError, match=f"^2 of 12 .* takes {longest} .* reads {second + 1}, 2 of them virtual: "):
         check_lengths(examples, rows, second + 1, 2)
     with pytest.raises(ValueError, match="the longest, an example of the task, takes"):
         check_lengths([Example("a", "b")], [Row([1, 2], [3, 4])], 2, 0)
@@ -164,5 +164,5 @@ def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tm
 def test_the_advice_helps(block_size, n_virtual, advice):
     """Lowering --n-virtual is advised where a smaller one would do, and nowhere else. The row has 10 positions."""
     examples, rows = [Example("", "", "my.jsonl line 1")], [Row([1] * 6, [2] * 5)]
-    with pytest.raises(ValueError, match=f"takes 10 tokens, and the base reads {block_size}, {n_virtual} of them virtual: {advice}$"):
+    with pytest.raises(ValueError, match=f"takes 10 tokens, .* {block_size}, {n_virtual} of them virtual: {advice}$"):
         check_lengths(examples, rows, block_size, n_virtual)

@@ -31,7 +31,8 @@ def test_the_examples_in_the_docstring_run():
 
 def test_the_split_is_the_same_in_another_process():
     """Arithmetic on the record, never Python's salted hash."""
-    code = "import random; from small_base.world import random_record as draw; r = random.Random(1); print([draw(r, 'test') for _ in range(20)])"
+    code = "import random, small_base.world as world; r = random.Random(1); "
+    code += "print([world.random_record(r, 'test') for _ in range(20)])"
     runs = [
         subprocess.run(
             [sys.executable, "-c", code],

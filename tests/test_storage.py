@@ -28,7 +28,8 @@ from storage.adapters import adapter_kind
 from storage.base import base_directory, fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint
 from storage.files import (
-    OURS, check_place, check_predictions, check_writable, read_json, read_tensors, replace_file, saved_file, write_json, write_tensors,
+    OURS, check_place, check_predictions, check_writable, read_json, read_tensors, replace_file, saved_file, write_json,
+    write_tensors,
 )  # fmt: skip
 from storage.tokenizers import copy_tokenizer, load_tokenizer, save_tokenizer
 
@@ -140,7 +141,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
         os.mkfifo(tmp_path / "pipe")
         special.append("pipe")
     for name in special:
-        with pytest.raises(ValueError, match=f"{name} does not exist: .* is not the directory that was meant, or is not complete"):
+        with pytest.raises(ValueError, match=f"{name} does not exist: .* is not the directory that was meant"):
             saved_file(tmp_path, name)
 
 
@@ -368,7 +369,7 @@ def test_broken_weights_are_refused(model, tmp_path):
         (whole | {"lm_head.weight": whole["transformer.wte.weight"] + 1}, "tied"),
         (whole | {"transformer.ln_f.bias": torch.zeros(C, dtype=torch.int64)}, "ln_f.bias"),
         (whole | {"transformer.ln_f.bias": torch.full((C,), torch.nan)}, "ln_f.bias holds numbers that are not finite"),
-        (whole | {"transformer.wte.weight": whole["transformer.wte.weight"] / 0}, "wte.weight holds numbers that are not finite"),
+        (whole | {"transformer.wte.weight": whole["transformer.wte.weight"] / 0}, "wte.weight holds numbers that are not"),
     ]:
         save_file({k: v.clone() for k, v in tensors.items()}, path)
         with pytest.raises(ValueError, match=message):
@@ -399,7 +400,7 @@ def test_a_name_is_downloaded_once_or_its_files_are_named(tmp_path, monkeypatch)
         raise OSError("no route to host")
 
     monkeypatch.setattr(storage.base, "download", offline)
-    with pytest.raises(ValueError, match="no route to host.: put config.json, vocab.json, merges.txt, model.safetensors of distilgpt2 into"):
+    with pytest.raises(ValueError, match=f"no route to host.: put {', '.join(FILES)} of distilgpt2 into"):
         base_directory("distilgpt2")
     directory = tmp_path / "prefix-tuning" / "distilgpt2"
     directory.mkdir(parents=True)
@@ -621,7 +622,7 @@ def test_an_adapter_of_another_shape_is_refused_before_its_numbers_are_read(mode
     sparse(tmp_path / "adapter_model.safetensors", rows, width)
     write_json(tmp_path / "adapter_config.json", read_json(tmp_path / "adapter_config.json") | {"num_virtual_tokens": rows})
     monkeypatch.setattr(torch.Tensor, "isfinite", None)  # reads them all
-    with pytest.raises(ValueError, match=f"has {rows} rows of {width} numbers, and an unsaved model needs rows of 16, at most 32"):
+    with pytest.raises(ValueError, match=f"has {rows} rows of {width} numbers, and .* needs rows of 16, at most 32"):
         SoftPrompt.load(tmp_path, model)
 
 
@@ -739,8 +740,8 @@ def test_a_checkpoint_with_crafted_metadata_gets_one_sentence(file, changes):
         lambda t: t | {"0/exp_avg": torch.ones(3, 2)},
         lambda t: t | {"other": torch.ones(3)},
     ],
-    ids=["none", "no weight", "no average", "no step", "weight turned", "weight cut", "average turned", "average cut", "three steps",
-         "before the first step", "averages of what is frozen", "one too many"],
+    ids=["none", "no weight", "no average", "no step", "weight turned", "weight cut", "average turned", "average cut",
+         "three steps", "before the first step", "averages of what is frozen", "one too many"],
 )  # fmt: skip
 def test_a_checkpoint_with_crafted_tensors_gets_one_sentence(file, change):
     """Missing, unknown, or of another shape than what is trained."""
