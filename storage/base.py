@@ -52,7 +52,7 @@ def base_directory(name_or_dir: str | Path) -> Path:
             fetch(repo, file, directory)
     except (OSError, http.client.HTTPException) as error:
         put = f"put config.json, model.safetensors and vocab.json, merges.txt or tokenizer.json of {name} into {directory}"
-        raise ValueError(f"{name} is no directory, and cannot be downloaded ({error or type(error).__name__}): {put}") from None
+        raise ValueError(f"{name} is no directory, and cannot be downloaded ({str(error)[:200] or type(error).__name__}): {put}") from None
     return directory
 
 

@@ -28,7 +28,7 @@ def test_running_it_once_equals_concatenating_it_to_each_row(model):
     once, each, idx = random_prompt(), random_prompt(), random_ids(3, 6)
     logits, _ = model(idx, once.past_kv(model))
     rows = torch.cat([each.vectors.expand(3, 4, C), model.wte(idx)], dim=1)
-    expected = model.unembed(model.forward_embeddings(rows)[0][:, 4:])
+    expected = model.forward_embeddings(rows)[0][:, 4:] @ model.head.T
     assert_close(logits, expected)
     for value in (logits, expected):
         value.logsumexp(dim=-1).sum().backward()
