@@ -11,7 +11,7 @@ from typing import Any
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from storage.base import base_directory
+from storage.hub import base_directory
 from storage.files import read_json, replace_file, saved_file
 
 END_OF_TEXT = "<|endoftext|>"

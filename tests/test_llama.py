@@ -19,7 +19,8 @@ import train
 from data import Row, batch_of
 from prefix import Prefix
 from soft_prompt import SoftPrompt
-from storage.base import HUB_REPOS, base_directory, load_base, save_base
+from storage.base import load_base, save_base
+from storage.hub import HUB_REPOS, base_directory
 from storage.tokenizers import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers, a peer, is not installed: see tests/requirements.txt")
@@ -182,7 +183,7 @@ def test_the_gradient_of_a_prefix_in_bfloat16_is_that_in_float64(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rotation .* is not known here"),
         ({"num_key_value_heads": 4}, "do not divide into heads"),
         ({"head_dim": 7}, "do not divide into heads"),
-        ({"hidden_size": "24"}, "are not the sizes of a llama"),
+        ({"hidden_size": "24"}, "are not a Llama's"),
         ({"hidden_size": 48}, "config.json asks for"),
         ({"tie_word_embeddings": False}, "the weights have no lm_head.weight"),
     ],
@@ -321,7 +322,7 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
         def __exit__(self, *_):
             self.file.close()
 
-    import storage.base as storage_base
+    import storage.hub as storage_base
 
     monkeypatch.setattr(storage_base.urllib.request, "urlopen", urlopen)
     directory = base_directory("someone/Tiny-1.5")
@@ -335,6 +336,6 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
         raise OSError("no route to host")
 
     monkeypatch.setattr(storage_base.urllib.request, "urlopen", offline)
-    with pytest.raises(ValueError, match="nobody/x is no directory, and cannot be downloaded .no route.* put config.json, .* into"):
+    with pytest.raises(ValueError, match="nobody/x is no directory here, and cannot be downloaded .no route.* put config.json, .* into"):
         base_directory("nobody/x")
     assert base_directory(str(tmp_path)) == tmp_path and base_directory("a/b/c") == Path("a/b/c") and "gpt2" in HUB_REPOS
