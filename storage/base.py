@@ -110,7 +110,7 @@ def read_config(directory: Path) -> GPTConfig | LlamaConfig:
     path = saved_file(directory, "config.json")
     found = read_json(path)
     kind = found.get("model_type", "gpt2")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):  # it may be anything, hashable or not
         raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be loaded")
     gpt2, family = kind == "gpt2", FAMILIES[kind]
     names, same = (GPT2_SIZES, GPT2_SAME) if gpt2 else (LLAMA_SIZES, LLAMA_SAME)

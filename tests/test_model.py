@@ -53,11 +53,11 @@ def test_the_last_positions_attend_to_themselves_and_what_is_before(dtype, toler
 
 
 @pytest.mark.ex3
-def test_attention_equals_a_softmax_written_out(model):
+def test_attention_equals_a_softmax_written_out(gpt2):
     """softmax(q·k / √D) v with the mask as a loop: an absolute oracle, for a wrong scale would pass all relations."""
     x = torch.randn(1, 3, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     past = tuple(torch.randn(2, 1, H, 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
-    attention = model.h[0].attn
+    attention = gpt2.h[0].attn
     y, (keys, values) = attention(x, past)
     q, k, v = attention.c_attn(x)[0].split(C, dim=1)
     expected = torch.zeros(3, C, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_attention_in_bfloat16_is_the_same_attention(n):
         assert_close(got, expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
-def test_new_tokens_stand_behind_the_past(model):
+def test_new_tokens_stand_behind_the_past(gpt2):
     """Position embeddings go on where the past ends."""
     _, past = model(random_ids(1, 4))
     moved = random_model()

@@ -86,7 +86,7 @@ def test_rows_that_start_equal_never_part(model):
     assert_close(prefix.start.grad, prefix.start.grad[:1].expand_as(prefix.start.grad))
 
 
-def test_under_a_prefix_the_attention_among_content_is_only_rescaled(model):
+def test_under_a_prefix_the_attention_among_content_is_only_rescaled(gpt2):
     """A · (1 - a₀): what content pays to the prefix, a₀, it takes from all content alike (Petrov et al. 2024, §4)."""
     q, k, p = (torch.randn(H, n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 6, 3))
     content = torch.softmax(q @ k.mT / math.sqrt(D), dim=-1)
@@ -94,7 +94,7 @@ def test_under_a_prefix_the_attention_among_content_is_only_rescaled(model):
     a0 = under[..., :3].sum(dim=-1, keepdim=True)
     assert_close(under[..., 3:], content * (1 - a0))
     # and the model's attention does just that: with all values zero but the prefix's one, it returns a₀
-    attention = model.h[0].attn
+    attention = gpt2.h[0].attn
     attention.c_attn.weight.data[2 * C :] = 0.0
     attention.c_attn.bias.data[2 * C :] = 0.0
     attention.c_proj.weight.data, attention.c_proj.bias.data = torch.eye(C).double(), torch.zeros(C).double()

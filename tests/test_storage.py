@@ -39,6 +39,12 @@ ROOT = Path(__file__).parent.parent
 DIFFICULT = "  two  spaces\tand\n\nlines, don't, 1234567 ½ héllo 日本語 🙂👩‍👩‍👧 \x00\x1b <|endoftext|>  "
 
 
+@pytest.fixture
+def model(gpt2):
+    """A GPT-2: what lies on disk differs by family, and the other's is in test_llama.py."""
+    return gpt2
+
+
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
