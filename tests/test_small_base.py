@@ -267,11 +267,11 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         raise AssertionError(f"{function} was called")
 
-threads = torch.get_num_threads()
+torch.set_num_threads(3)
 with Watch():
     import train
 assert dict(os.environ) == before, dict(os.environ).items() ^ before.items()
-assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == 3
 assert not opened, opened
 assert not torch.distributed.is_initialized()
 """
