@@ -123,13 +123,13 @@ def test_attention_in_bfloat16_is_the_same_attention(n):
 
 def test_new_tokens_stand_behind_the_past(gpt2):
     """Position embeddings go on where the past ends."""
-    _, past = model(random_ids(1, 4))
+    _, past = gpt2(random_ids(1, 4))
     moved = random_model()
     moved.wpe.weight.data[:4] = 7.0  # positions 0 … 3 are the past's, already read
     idx = random_ids(1, 3, seed=1)
-    assert_close(moved(idx, past)[0], model(idx, past)[0])
+    assert_close(moved(idx, past)[0], gpt2(idx, past)[0])
     moved.wpe.weight.data[4, 0] += 1.0
-    assert not torch.allclose(moved(idx, past)[0], model(idx, past)[0])
+    assert not torch.allclose(moved(idx, past)[0], gpt2(idx, past)[0])
 
 
 def test_the_head_is_the_embedding(model):
