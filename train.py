@@ -34,9 +34,10 @@ from small_base.process import Progress, pick_device, run_command, say, start_pr
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
-from storage.base import HUB_REPOS, base_directory, fingerprint, load_base, save_base
+from storage.base import fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint, Curve
 from storage.files import TRAINING, check_place, check_predictions, read_json, replace_file, write_json
+from storage.hub import HUB_REPOS, base_directory
 from storage.tokenizers import copy_tokenizer, load_tokenizer
 
 DEFAULT_BASE = Path("out/base")

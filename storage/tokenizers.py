@@ -11,7 +11,7 @@ from typing import Any
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from storage.base import base_directory
+from storage.hub import base_directory
 from storage.files import read_json, replace_file, saved_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -84,6 +84,8 @@ def read_two_files(directory: Path) -> Encoding:
         pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line]
         ranks = ranks_of([(token_bytes(a), token_bytes(b)) for a, b in pairs])
         if found.pop(END_OF_TEXT) != len(ranks) or {token_bytes(name): i for name, i in found.items()} != ranks:
+            raise ValueError
+        if len(ranks) != 256 + len(pairs):  # two merges make one token
             raise ValueError
     except (KeyError, ValueError):
         raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None

@@ -284,7 +284,7 @@ def test_bad_checkpoints(places):
     trainee, optimizer = fresh()
     step(trainee, optimizer)
     (places / "run").mkdir()
-    Checkpoint(places / "run" / "checkpoint.safetensors", settings, False).save(trainee, optimizer, 2, [(0, 1.0)])
+    Checkpoint(places / "run" / "checkpoint.safetensors", settings, False).save(trainee, optimizer, 1, [(0, 1.0)])
     check_file(places, "run", "checkpoint.safetensors", damaged, use, 50)
     check_file(places, "run", "checkpoint.safetensors", changed_tensor, use, 100)
     check_file(places, "run", "checkpoint.safetensors", changed_metadata, use, 100)

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 import data
 import small_base.pretrain
 import small_base.process
-import storage.base
+import storage.hub
 import train
 from model import GPT, GPTConfig, KVCache
 from prefix import Prefix
@@ -103,11 +103,11 @@ def test_the_loss_is_cross_entropys_on_all_logits(model, kind, n_rows, dtype, to
 
 
 @pytest.mark.parametrize("kind", [Prefix, SoftPrompt])
-def test_bfloat16_computes_the_same_to_five_percent(model, kind):
+def test_bfloat16_computes_the_same_to_five_percent(gpt2, kind):
     """The loss, and the adapter's gradient relative to its largest number."""
-    batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9])], model.device)
-    adapter, found = kind.text(model, random_ids(4)), []
-    for same in (model, copy.deepcopy(model).bfloat16()):
+    batch = data.batch_of([data.Row([1, 2, 3], [4, 5]), data.Row([6], [7, 8, 9])], gpt2.device)
+    adapter, found = kind.text(gpt2, random_ids(4)), []
+    for same in (gpt2, copy.deepcopy(gpt2).bfloat16()):
         loss = train.loss_of(same, batch, adapter.past_kv(same), 5)
         found.append([loss.detach(), *torch.autograd.grad(loss, list(adapter.parameters()))])
     for expected, got in zip(*found):
@@ -1140,9 +1140,9 @@ def test_without_a_home_nor_a_network_gpt2_gets_a_sentence(tmp_path, monkeypatch
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("no such user")))
-    monkeypatch.setattr(storage.base, "HUB", (tmp_path / "missing").as_uri() + "/{repo}/{file}")
+    monkeypatch.setattr(storage.hub, "HUB", (tmp_path / "missing").as_uri() + "/{repo}/{file}")
     said = sentence_of(capsys, lambda: train.main(["--base", "gpt2", "--device", "cpu", "--task", "chat"]))
-    assert "gpt2 is no directory, and cannot be downloaded" in said and "of gpt2 into ~" in said
+    assert "gpt2 is no directory here, and cannot be downloaded" in said and "of gpt2 into ~" in said
 
 
 def test_a_learning_rate_too_high_stops_the_run_and_keeps_the_last_adapter(base, tmp_path):
