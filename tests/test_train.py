@@ -1142,7 +1142,7 @@ def test_without_a_home_nor_a_network_gpt2_gets_a_sentence(tmp_path, monkeypatch
     monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("no such user")))
     monkeypatch.setattr(storage.hub, "HUB", (tmp_path / "missing").as_uri() + "/{repo}/{file}")
     said = sentence_of(capsys, lambda: train.main(["--base", "gpt2", "--device", "cpu", "--task", "chat"]))
-    assert "gpt2 is no directory here, and cannot be downloaded" in said and "of gpt2 into ~" in said
+    assert "gpt2 is no directory here, and cannot be downloaded" in said and "gpt2 into ~" in said
 
 
 def test_a_learning_rate_too_high_stops_the_run_and_keeps_the_last_adapter(base, tmp_path):
