@@ -457,16 +457,18 @@ def hub(tmp_path, monkeypatch):
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n0123456789",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\ngarbage\r\n",
         b"\x00\xffgarbage\r\n\r\n",
+        b"garbage" * 9000 + b"\r\n\r\n",
         b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
         b"",
     ],
-    ids=["cut short", "cut in a chunk", "no chunk", "garbage", "not found", "nothing"],
+    ids=["cut short", "cut in a chunk", "no chunk", "garbage", "much garbage", "not found", "nothing"],
 )
 def test_a_download_that_fails_leaves_nothing(hub, tmp_path, answer):
     """Cut short, garbage, an error or silence: one sentence, and no file that would be taken for a whole one."""
     hub.answer = answer
-    with pytest.raises(ValueError, match="(?s)cannot download http://127.0.0.1.*/config.json .*: put config.json, .* of gpt2 into"):
+    with pytest.raises(ValueError, match="(?s)cannot download http://127.0.0.1.*/config.json .*: put config.json, .* of gpt2 into") as raised:
         base_directory("gpt2")
+    assert len(str(raised.value)) < 1000  # what run_command shows of it
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
