@@ -466,9 +466,8 @@ def hub(tmp_path, monkeypatch):
 def test_a_download_that_fails_leaves_nothing(hub, tmp_path, answer):
     """Cut short, garbage, an error or silence: one sentence, and no file that would be taken for a whole one."""
     hub.answer = answer
-    with pytest.raises(ValueError, match="(?s)cannot download http://127.0.0.1.*/config.json .*: put config.json, .* of gpt2 into") as raised:
+    with pytest.raises(ValueError, match=r"(?s)^cannot download \S+/config.json .{1,210}: put config.json, .* of gpt2 into .{1,300}$"):
         base_directory("gpt2")
-    assert len(str(raised.value)) < 1000  # what run_command shows of it
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
