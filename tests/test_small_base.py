@@ -203,12 +203,24 @@ def test_pretraining_reads_the_windows_that_it_is_given(tmp_path):
     assert load_base(tmp_path / "base").config.vocab_size == load_tokenizer(tmp_path / "base").n_vocab
 
 
+def test_a_pretraining_that_died_while_saving_is_repeated(tmp_path, monkeypatch):
+    """What it left has no config.json, and says whose it is: no model is lost, and the next run is not in its way."""
+    documents, recipe = ["the cat sat on the mat"] * 400, (2, 0.01, 2, 0, torch.device("cpu"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretraining, "save_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        pretraining.pretrain(tmp_path / "base", documents, *recipe)
+    assert (tmp_path / "base" / "vocab.json").exists() and not (tmp_path / "base" / "config.json").exists()
+    pretraining.pretrain(tmp_path / "base", documents, *recipe)
+    assert load_base(tmp_path / "base").config.block_size == 128
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_base_is_never_overwritten(tmp_path, monkeypatch, name):
     """Nor anything else of ours: a base, an adapter, or a part of one is refused before training."""
     (tmp_path / name).write_text("trained for hours")
     monkeypatch.setattr(pretraining, "train_bpe", None)  # whatever starts, fails
-    with pytest.raises(ValueError, match=f"holds {name} already, and a base is not overwritten: name another --out"):
+    said = {"config.json": "holds a model already, and a base is not overwritten", "training.json": "is not JSON"}
+    with pytest.raises(ValueError, match=said.get(name, f"holds {name} of unknown training, which is not overwritten: name another")):
         small(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "trained for hours"
 
