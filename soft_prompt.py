@@ -67,14 +67,10 @@ class SoftPrompt(nn.Module):
             raise ValueError(f"the soft prompt has {widths}: load it onto the base that it was trained on")
         B = past_kv[0][0].size(0) if past_kv else 1
         vectors = self.vectors.to(model.dtype).expand(B, P, C)
-        _, cache = model.forward_embeddings(vectors, past_kv)
-        return cache
+        return model.forward_embeddings(vectors, past_kv)[1]
 
     def nearest_tokens(self, model: Decoder, k: int = 1) -> Tensor:
-        """-> (P, k) ids of the k vocabulary entries nearest to each vector, by cosine (Lester et al. §7).
-
-        By the angle alone, since trained vectors grow far longer than any embedding.
-        """
+        """-> (P, k) ids nearest to each vector, by the angle: trained ones grow far longer than embeddings (Lester et al. §7)."""
         similarity = F.normalize(self.vectors, dim=1) @ F.normalize(model.wte.weight.to(self.vectors.dtype), dim=1).T
         return similarity.topk(k, dim=1).indices
 
@@ -84,12 +80,10 @@ class SoftPrompt(nn.Module):
 
     def save(self, directory: str | Path, model: Decoder | None = None) -> None:
         """Writes a PEFT directory, and with a model given the fingerprint of that base."""
-        L, H = (model.config.n_layer, model.config.n_head) if model else (None, None)
-        sizes = {"num_layers": L, "num_attention_heads": H, "token_dim": self.vectors.size(1)}
-        write_adapter(directory, "PROMPT_TUNING", self.vectors, model, sizes)
+        sizes = {"num_layers": model and model.config.n_layer, "num_attention_heads": model and model.config.n_head}
+        write_adapter(directory, "PROMPT_TUNING", self.vectors, model, sizes | {"token_dim": self.vectors.size(1)})
 
     @classmethod
     def load(cls, directory: str | Path, model: Decoder | None = None) -> "SoftPrompt":
         """A PEFT prompt-tuning directory -> SoftPrompt. With a model given, it must be the base it was trained on."""
-        vectors, _ = read_adapter(directory, "PROMPT_TUNING", model)
-        return cls(vectors)
+        return cls(read_adapter(directory, "PROMPT_TUNING", model)[0])

@@ -321,7 +321,6 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.n_virtual and args.init not in STARTS, f"--n-virtual with --init {args.init}: a trained adapter keeps its length"),
         (args.mid_dim and method not in ("prefix", "both"), f"--mid-dim goes with a prefix, not with --method {method}"),
         (args.corpus and method != "pretrain", f"--corpus goes with --method pretrain, not {method}"),
-        (method == "full" and args.dtype == "bfloat16", "--method full needs --dtype float32: less rounds small updates away"),
     ]:
         if wrong:
             raise ValueError(sentence)
@@ -357,19 +356,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
-    """Checks that all can be done, tunes, saves, and only then tests and shows -> what was measured."""
+    """Tunes, saves, and only then tests and shows -> what was measured. Whatever could fail is checked before."""
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
-    torch.manual_seed(args.seed)
-    start = (args.n_virtual, args.init, args.init_text, args.seed)
-    adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *start)
-    if args.mid_dim:
-        adapters[0].reparametrise(args.mid_dim)
-    past_kv = stacked_past_kv(adapters, model.requires_grad_(args.method == "full"))
-    for split in rows:
-        check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
+    adapters = start_of(args, model, tokenizer, examples, rows)
     settings = settings_of(args, model, adapters, rows)
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
-    found = settings | names
+    found = settings | names  # becomes training.json
     places = [] if args.method == "none" else [args.out / name for name in STACK] if len(adapters) > 1 else [args.out]
     for place in places and [args.out, *places]:  # a stack does not move in with an adapter
         check_place(place, found)
@@ -378,9 +370,9 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     say(f"base     {model.name}: {found['n_base']:,} parameters, context {model.config.block_size}, {found['dtype']} on {model.device}")
     say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found))
-
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
     found["loss_frozen"], hits_frozen = evaluate(model, [], rows["test"], args.batch_size)
+
     plan = Plan(args.steps, args.lr, args.batch_size, args.seed, args.eval_every, args.save_every)
     begin, checkpoint = time.perf_counter(), Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
     found["curve"] = tune(model, adapters, rows, plan, checkpoint)
@@ -397,6 +389,23 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     say("         tuned   loss {loss:.3f}  exact match {exact_match:5.1f} %\n".format(**found))
     show(model, adapters, tokenizer, examples["test"], rows["test"], hits, args.predict)
     return found
+
+
+def start_of(
+    args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]], rows: dict[str, list[Row]]
+) -> list[nn.Module]:
+    """-> the adapters that the flags ask for; --method full opens the model instead. Raises ValueError if rows do not fit."""
+    if args.method == "full" and model.dtype.itemsize < 4:
+        raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
+    torch.manual_seed(args.seed)
+    flags = (args.n_virtual, args.init, args.init_text, args.seed)
+    adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *flags)
+    if args.mid_dim:
+        adapters[0].reparametrise(args.mid_dim)
+    past_kv = stacked_past_kv(adapters, model.requires_grad_(args.method == "full"))
+    for split in rows:
+        check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
+    return adapters
 
 
 def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]]) -> dict[str, Any]:
