@@ -55,7 +55,7 @@ class Checkpoint(NamedTuple):
             for i, parameter in enumerate(trainee.parameters()):
                 if parameter.requires_grad:
                     state[i] = {name: tensors.pop(f"{i}/{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
-                    if [t.shape for t in state[i].values()] != [(), parameter.shape, parameter.shape] or state[i]["step"] != step:
+                    if [t.shape for t in state[i].values()] != [(), parameter.shape, parameter.shape] or state[i]["step"].item() != step:
                         raise KeyError(f"the averages of tensor {i} after step {step}")
             trainee.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
