@@ -46,19 +46,21 @@ def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
     lengths = experiment.grid([1, 4, 16, 64])
     methods = {f"P = {P}": (P, "prefix") for P in lengths} | {"full fine-tuning": (0, "full")}
-    folder, recipe, rows = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), RECIPES["pretrain"], []
-    for base, (name, windows) in enumerate(BASES.items()):
-        out = Path(folder.name) / f"base{base}"
-        with contextlib.redirect_stdout(io.StringIO()):
-            pretrain(out, [], experiment.steps(recipe.steps), recipe.lr, 16, 0, experiment.device, windows)
-        _, frozen = experiment.load(out)
-        for label, (P, method) in methods.items():
-            for seed in experiment.seeds:
-                run = experiment.tuned("sentence", method, seed, n_virtual=P, base=out)
-                _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
-                found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": share(exact)}
-                found["moved"], _ = evaluate(moved(frozen, P), [], run.rows["validation"], 50)
-                experiment.runs.append(found)
+    recipe, rows = RECIPES["pretrain"], []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are mapped
+        for base, (name, windows) in enumerate(BASES.items()):
+            out = Path(folder) / f"base{base}"
+            with contextlib.redirect_stdout(io.StringIO()):
+                pretrain(out, [], experiment.steps(recipe.steps), recipe.lr, 16, 0, experiment.device, windows)
+            _, frozen = experiment.load(out)
+            for label, (P, method) in methods.items():
+                for seed in experiment.seeds:
+                    run = experiment.tuned("sentence", method, seed, n_virtual=P, base=out)
+                    _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
+                    found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": share(exact)}
+                    found["moved"], _ = evaluate(moved(frozen, P), [], run.rows["validation"], 50)
+                    experiment.runs.append(found)
+    for name in BASES:
         for key, what, digits in [("moved", "loss, frozen", 3), ("loss", "loss, trained", 4), ("exact", "exact %, trained", 1)]:
             cells = [spread(experiment.measured(key, base=name, method=label), digits) for label in methods]
             rows.append([name, what, *cells])

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def draw(axes) -> None:
         for axis, ((name, when), share) in zip(axes[0], shares.items()):
-            image = axis.imshow(share.mean(dim=0), vmin=0, vmax=100)
+            image = axis.imshow(share.mean(dim=0).tolist(), vmin=0, vmax=100)
             axis.set(title=f"{name}, {when} training", xlabel="head", ylabel="layer")
             axis.set(xticks=range(share.size(2)), yticks=range(share.size(1)))
         axes[0][-1].figure.colorbar(image, label="attention to virtual tokens, %")

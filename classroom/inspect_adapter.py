@@ -93,7 +93,7 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
     say(markdown(["task", "adapter off", "adapter on"], lines))
 
     def draw(axes) -> None:
-        image = axes[0][0].imshow(100 * share, vmin=0, vmax=100)
+        image = axes[0][0].imshow((100 * share).tolist(), vmin=0, vmax=100)
         axes[0][0].set(title="attention to virtual tokens, %", xlabel="head", ylabel="layer")
         axes[0][0].figure.colorbar(image)
         axes[0][0].locator_params(integer=True)
