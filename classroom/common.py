@@ -161,7 +161,7 @@ class Experiment:
         add = parser.add_argument
         add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
         add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-        add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, only shows that it runs")
+        add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
         add("--seeds", type=int, default=3, help="(default: 3)")
         add("--out", type=Path, help=f"(default: classroom/results; with --quick {QUICK})")
         self.args = parser.parse_args(argv)

@@ -91,7 +91,7 @@ class Trials:
         steps = 0 if method == "none" else task.steps or recipe.steps
         plan = Plan(steps, float(f"{lr or recipe.lr:.2g}"), self.batch_size, seed, max(1, steps // 15), max(1, steps // 15))
         seen = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
-        settings = {"method": method, "n_virtual": recipe.n_virtual} | plan._asdict() | {"base": fingerprint(model), "examples": seen}
+        settings = {"method": method, "n_virtual": recipe.n_virtual, "base": fingerprint(model), "examples": seen} | plan._asdict()
         return Run(model, adapters, rows, plan, settings)
 
     def tuned(self, task: Task, method: str, seed: int, lr: float | None) -> dict:

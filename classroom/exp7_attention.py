@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     shares = {}  # (method, when) -> (seeds, L, H)
     for method in METHODS:
         for seed in experiment.seeds:
-            run, recipe = experiment.tuned("chat", method, seed), RECIPES[method]
-            untrained = new_adapters(recipe.adapters, run.model, tokenizer, run.rows["train"], recipe.n_virtual, "text", seed=seed)
+            run, (kinds, P, *_) = experiment.tuned("chat", method, seed), RECIPES[method]
+            untrained = new_adapters(kinds, run.model, tokenizer, run.rows["train"], P, "text", seed=seed)
             for when, adapters in [("before", untrained), ("after", run.adapters)]:
                 with torch.no_grad():
                     past_kv = stacked_past_kv(adapters, run.model)

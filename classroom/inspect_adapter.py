@@ -80,7 +80,8 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
             found["vector_norms"], found["embedding_norm"] = lengths.tolist(), embedding.item()
             say(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
             for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
-                say(f"vector {vector} is nearest to {' '.join(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab)}")
+                near = [repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab]
+                say(f"vector {vector} is nearest to {' '.join(near)}")
 
     say("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
     found["losses"] = {}
