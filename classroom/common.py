@@ -27,6 +27,8 @@ from storage.base import load_base  # noqa: E402
 from storage.files import replace_file  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
+NAMES = {"none": "frozen base", "soft_prompt": "soft prompt", "prefix": "prefix", "both": "prefix + soft prompt"}
+NAMES["full"] = "full fine-tuning"
 RESULTS, QUICK = Path(__file__).parent / "results", Path("out/quick")
 
 
@@ -143,14 +145,32 @@ def ready(base: str | Path, device: torch.device) -> None:
         pretrain(train.DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
 
 
-class Tuned(NamedTuple):
-    """What a run of an experiment leaves."""
+class Run(NamedTuple):
+    """A training, ready to go or done, on a base of its own."""
 
     model: Decoder
     adapters: list[nn.Module]
     rows: dict[str, list[data.Row]]
-    start: float  # validation loss before the first step
-    loss: float  # and after the last
+    plan: train.Plan
+    start: float = 0.0  # validation loss before the first step
+    loss: float = 0.0  # and after the last
+
+
+def prepared(
+    base: str | Path, device: torch.device, examples: dict[str, list[data.Example]], method: str, seed: int,
+    n_virtual: int | None = None, init: str = "text", lr: float | None = None, steps: int | None = None, batch_size: int = 16,
+    looks: int = 1,
+) -> Run:  # fmt: skip
+    """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
+    recipe, tokenizer = train.RECIPES[method], load_tokenizer(base)
+    model = load_base(base).to(device).requires_grad_(method == "full")
+    rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
+    P, steps = n_virtual or recipe.n_virtual, steps or recipe.steps
+    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, init, seed=seed)
+    for split in rows:
+        data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
+    every = max(1, steps // looks)
+    return Run(model, adapters, rows, train.Plan(steps, lr or recipe.lr, batch_size, seed, every, every))
 
 
 class Experiment:
@@ -189,24 +209,18 @@ class Experiment:
         base = base or self.args.base
         return load_tokenizer(base), load_base(base).to(self.device).freeze()
 
-    def tuned(
-        self, task: str, method: str, seed: int, n_virtual: int | None = None, init: str = "text", lr: float | None = None,
-        steps: int | None = None, examples: dict[str, list[data.Example]] | None = None, base: str | Path | None = None,
-    ) -> Tuned:  # fmt: skip
-        """-> a run after its training; what is not given is as in train.py."""
-        recipe, (tokenizer, model) = train.RECIPES[method], self.load(base)
+    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = None, steps: int = 0, **own: Any) -> Run:
+        """-> a run after its training, on 1000 examples of a task if no others are given."""
         examples = examples or train.load_examples(task, None, None, seed)
-        rows = {split: data.encode(tokenizer, some)[: self.at_most] for split, some in examples.items()}
-        P, steps = n_virtual or recipe.n_virtual, self.steps(steps or recipe.steps)
-        adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, init, seed=seed)
-        model.requires_grad_(method == "full")
-        plan = train.Plan(steps, lr or recipe.lr, batch_size=16, seed=seed, eval_every=steps, save_every=steps)
+        examples = {split: some[: self.at_most] for split, some in examples.items()}
+        steps = self.steps(steps or train.RECIPES[method].steps)
+        run = prepared(base or self.args.base, self.device, examples, method, seed, steps=steps, **own)
         with contextlib.redirect_stdout(io.StringIO()):
-            (_, start), *_, (_, loss) = train.tune(model, adapters, rows, plan)
-        seconds = time.perf_counter() - self.begin
-        what = f"{task}, {method} of {P}, {len(rows['train'])} examples, rate {plan.lr:g}, seed {seed}"
+            (_, start), *_, (_, loss) = train.tune(run.model, run.adapters, run.rows, run.plan)
+        seconds, settings = time.perf_counter() - self.begin, "".join(f", {key} {value}" for key, value in own.items())
+        what = f"{task}, {method}{settings}, {len(examples['train'])} examples, seed {seed}"
         say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
-        return Tuned(model, adapters, rows, start, loss)
+        return run._replace(start=start, loss=loss)
 
     def measured(self, key: str, **where: Any) -> list[Any]:
         """-> one measured value of those runs that agree with `where`, a value a seed."""

@@ -22,31 +22,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import band, figure, finish, forward, gradients, kept_for_backward, load_base, markdown, ready, spread, write_json
-from torch import nn
+from common import NAMES, Run, band, figure, finish, forward, gradients, kept_for_backward, load_base, markdown, prepared, ready
+from common import spread, write_json
 
 import train
-from data import Row, batch_of, check_lengths, encode
+from data import Row, batch_of
 from model import Decoder, KVCache, rows_of
 from small_base.process import pick_device, run_command, say, start_process
 from small_base.world import TASKS
 from storage.base import fingerprint
 from storage.checkpoints import Checkpoint
 from storage.files import read_json, replace_file
-from storage.tokenizers import load_tokenizer
-from train import Plan, evaluate, load_adapters, share, stacked_past_kv
+from train import evaluate, load_adapters, share, stacked_past_kv
 
-NAMES = {
-    "none": "frozen base",
-    "soft_prompt": "soft prompt",
-    "prefix": "prefix",
-    "both": "prefix + soft prompt",
-    "full": "full fine-tuning",
-}
 METHODS = list(NAMES)[1:]
 # A simple and a complex elicited task, a recombined one, and a new one, for which every method has four times the steps
-DEFAULT_TASKS = ["sentiment", "sentence", "chat", "shifted"]
-STEPS = {"shifted": 600}
+DEFAULT_TASKS, STEPS = ["sentiment", "sentence", "chat", "shifted"], {"shifted": 600}
 
 
 class Task(NamedTuple):
@@ -56,16 +47,6 @@ class Task(NamedTuple):
     data: str | None  # a file of the user's own, or an embedded task
     val_data: str | None
     steps: int | None  # of every method, or its own
-
-
-class Run(NamedTuple):
-    """A training that is ready to go, on a base of its own."""
-
-    model: Decoder
-    adapters: list[nn.Module]
-    rows: dict[str, list[Row]]
-    plan: Plan
-    settings: dict[str, Any]  # all that decides how it goes
 
 
 # --------------------------------------------------------------------------------------------------------------- quality
@@ -81,26 +62,17 @@ class Trials:
         self.records = read_json(self.file)["runs"] if self.file.exists() else []
 
     def load(self, task: Task, method: str, seed: int, lr: float | None = None) -> Run:
-        recipe = train.RECIPES[method]
-        tokenizer, model = load_tokenizer(self.base), load_base(self.base).to(self.device).requires_grad_(method == "full")
         examples = train.load_examples(task.name, task.data, task.val_data, seed)
-        rows = {split: encode(tokenizer, some) for split, some in examples.items()}
-        adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], recipe.n_virtual, "text", seed=seed)
-        for split in rows:
-            check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * recipe.n_virtual)
-        steps = 0 if method == "none" else task.steps or recipe.steps
-        plan = Plan(steps, float(f"{lr or recipe.lr:.2g}"), self.batch_size, seed, max(1, steps // 15), max(1, steps // 15))
-        seen = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
-        settings = {"method": method, "n_virtual": recipe.n_virtual, "base": fingerprint(model), "examples": seen} | plan._asdict()
-        return Run(model, adapters, rows, plan, settings)
+        own = {"lr": lr and float(f"{lr:.2g}"), "steps": task.steps, "batch_size": self.batch_size, "looks": 15}
+        return prepared(self.base, self.device, examples, method, seed, **own)
 
     def tuned(self, task: Task, method: str, seed: int, lr: float | None) -> dict:
         """-> the record of a run, out of compare.json or from training now."""
-        run = self.load(task, method, seed, lr)
-        model, adapters, rows, plan, settings = run
+        model, adapters, rows, plan, *_ = self.load(task, method, seed, lr)
+        seen = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
+        settings = {"method": method, "base": fingerprint(model), "examples": seen} | plan._asdict()  # what decides how it goes
         self.steps_left -= plan.steps
-        known = [record for record in self.records if record["settings"] == settings]
-        if known:
+        if known := [record for record in self.records if record["settings"] == settings]:
             return known[0]
         left = self.seconds / max(1, self.steps_done) * max(0, self.steps_left + plan.steps) / 60
         estimate = f", about {left:.0f} min left" if self.steps_done else ""
@@ -306,8 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give more than 0")
     start_process()
-    device = pick_device(args.device)
-    ready(args.base, device)
+    ready(args.base, device := pick_device(args.device))
     tasks = [Task(name, None, None, args.steps or STEPS.get(name)) for name in args.task]
     tasks = [Task(Path(args.data).stem, args.data, args.val_data, args.steps)] if args.data else tasks
     runs = args.seeds + (0 if args.lr else 2)

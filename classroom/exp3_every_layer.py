@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         for task in TASKS:
             for method, n_virtual in [("prefix", P), ("soft_prompt", 8 * P)]:
                 for seed in experiment.seeds:
-                    run = experiment.tuned(task, method, seed, n_virtual)
+                    run = experiment.tuned(task, method, seed, n_virtual=n_virtual)
                     _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
                     found = {"task": task, "method": method, "numbers": run.adapters[0].n_stored(), "n_virtual": n_virtual}
                     experiment.runs.append(found | {"seed": seed, "loss": run.loss, "exact": share(exact)})

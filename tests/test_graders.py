@@ -94,11 +94,11 @@ def test_mistakes_in_attention_with_a_past(model):
             if other != name:
                 not_like(got[:, :, 2:], {f"The {name} are the {other}: c_attn makes queries, keys, values, in this order.": part})
         same(got[:, :, 2:], new, f"The {name} of heads and positions are mixed up: view as (B, T, H, D), then swap T and H.")
-    seen, project = attend(q, *kv), attention.c_proj
+    (seen, alone), project = (attend(q, *kv), attend(q, k, v)), attention.c_proj
     not_like(y, {
-        "The queries do not look at the past: give attend all keys and values.": project(attend(q, k, v).transpose(1, 2).flatten(2)),
+        "The queries do not look at the past: give attend all keys and values.": project(alone.transpose(1, 2).flatten(2)),
         "c_proj is missing.": seen.transpose(1, 2).flatten(2),
-        "Heads and positions are mixed up at the end: swap H and T back before the heads are joined.": project(seen.reshape(1, 3, C)),
+        "Heads and positions are mixed up at the end: swap H and T back before they are joined.": project(seen.reshape(1, 3, C)),
     })  # fmt: skip
     same(y, project(seen.transpose(1, 2).flatten(2)), "attend, then swap H and T back, join the heads, and c_proj.")
 
