@@ -1,20 +1,18 @@
 """GPT-2 in plain PyTorch, with its key/value cache as an argument and as a result.
 
-The cache is the one idea this project hangs on. A transformer sees its past only through the keys and values that each
-layer computed for it, so whoever hands those in can steer the model:
+A transformer sees its past only through the keys and values that each layer computed for it. So whoever hands those in
+can steer the model:
 
     logits, cache = model(idx)                                   # read a text
     logits, cache = model(more, past_kv=cache)                   # read on, as if it were one text
     logits, _ = model(idx, past_kv=adapter.past_kv(model))       # read on after a *learned* past
 
 Symbols, the same in every file:
-
     B  batch             P  virtual tokens, or any past     C  n_embd, the width of the model
     T  new positions     S  = P + T, the keys               H  n_head
     V  vocab_size        L  n_layer                         D  = C / H, the width of a head
 
-Architecture: GPT-2 (Radford et al. 2019), its parts under their own names, so that its weights load by name. It has no
-dropout: the base is nearly always frozen, and dropout would only add noise to what the adapter sees.
+Architecture: GPT-2 (Radford et al. 2019), its parts under their own names. The base is frozen, so there is no dropout.
 """
 
 import math
@@ -37,20 +35,25 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, D) queries, (B, H, S, D) keys and values -> softmax(q·k / √D) v over what a query may see, (B, H, T, D)."""
-    T, S = q.size(2), k.size(2)
-    mask = causal_mask(T, S, q.device) if T > 1 else None  # a single query may see everything
-    if mask is not None and q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's fused backward takes 4 times as long
-        return (q @ k.transpose(2, 3) * q.size(3) ** -0.5 + mask.to(q.dtype).log()).softmax(dim=-1) @ v  # log 0 = -∞
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    """(B, H, T, D) queries, (B, K, S, D) keys and values -> softmax(q·k / √D) v over what a query may see, (B, H, T, D).
+
+    In GPT-2, K = H. In a Llama, H/K heads share keys and values, and act here as more queries of one head.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    q = q.reshape(B, K, H // K * T, D)
+    mask = causal_mask(T, S, q.device).repeat(H // K, 1) if T > 1 else None  # a single query may see everything
+    if mask is not None and q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's own takes 4 times as long backward
+        y = (q @ k.transpose(2, 3) * D**-0.5 + mask.to(q.dtype).log()).softmax(dim=-1) @ v  # log 0 = -∞
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.reshape(B, H, T, D)
 
 
 def behind(past: KV | None, k: Tensor, v: Tensor) -> KV:
     """Past (B or 1, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions, (B, H, S, D)."""
     if past is None:
         return k, v
-    B = len(k)
-    return tuple(torch.cat([old.expand(B, -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v)))
+    return tuple(torch.cat([old.expand(len(k), -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v)))
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,11 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        """(B, T, C) -> (B, T, C), and the (keys, values) of past and new positions, (B, H, S, D) each.
-
-        c_attn makes queries, keys and values at once, C numbers each, in which head after head has its D.
-        """
+        """(B, T, C) -> (B, T, C), and the (keys, values) of past and new positions, (B, H, S, D) each."""
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         k, v = behind(past, k, v)  # (B, H, S, D)
-        q = q.contiguous()  # as a view, it would keep k and v in c_attn's output a second time until backward
-        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.c_proj(y), (k, v)
+        y = attend(q.contiguous(), k, v)  # as a view, q would keep c_attn's whole output until backward
+        return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 class MLP(nn.Module):
@@ -110,21 +109,10 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """What GPT-2 and its descendants share: reading behind a past, and generating. A family adds config, wte, h, ln_f."""
-
     name = "an unsaved model"  # what messages call it; load_base puts the directory here
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.wte.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.wte.weight.device
-
-    @property
-    def head(self) -> Tensor:
-        """(V, C), whose product with a hidden state is the logits. The head is tied: it is the token embedding."""
-        return self.wte.weight
+    dtype = property(lambda self: self.wte.weight.dtype)
+    device = property(lambda self: self.wte.weight.device)
+    head = property(lambda self: self.wte.weight)  # (V, C), whose product with a hidden state is the logits: tied here
 
     def freeze(self) -> "Decoder":
         """-> self, its weights closed to gradients. Gradients still flow *through* it, to what was fed in."""
@@ -136,28 +124,26 @@ class Decoder(nn.Module):
         return n_virtual, c.n_layer, 2, c.n_head, c.n_embd // c.n_head
 
     def forward(self, idx: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """(B, T) ids -> (B, T, V) logits, and the cache of past and new positions.
-
-        The new tokens stand at positions P … P+T-1, behind the past. Raises ValueError if P + T > block_size.
-        """
+        """(B, T) ids -> (B, T, V) logits, and the cache of past and new positions. The new ones are P … P+T-1."""
         hidden, cache = self.forward_embeddings(self.wte(idx), past_kv)
         return hidden @ self.head.T, cache
 
     def forward_embeddings(self, x: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """(B, T, C) token vectors, real or learned -> (B, T, C) hidden states after ln_f, and the cache."""
-        n_past, T, most = past_kv[0][0].size(2) if past_kv else 0, x.size(1), self.config.block_size
-        if n_past + T > most:
-            asked = f"{n_past} virtual or past + {T} new positions > block_size {most}"
-            raise ValueError(f"{asked}: shorten the input or lower --n-virtual")
-        x, cache = self.place(x, n_past), []
-        for layer, block in enumerate(self.h):
-            x, kv = block(x, past_kv[layer] if past_kv else None)
+        """(B, T, C) token vectors, real or learned -> (B, T, C) hidden states after ln_f, and the cache.
+
+        Raises ValueError if P + T > block_size.
+        """
+        n_past, T, cache = past_kv[0][0].size(2) if past_kv else 0, x.size(1), []
+        if n_past + T > (most := self.config.block_size):
+            raise ValueError(f"{n_past} virtual or past + {T} new positions > block_size {most}: shorten the input or lower --n-virtual")
+        x = self.place(x, n_past)
+        for block, past in zip(self.h, past_kv or [None] * len(self.h)):
+            x, kv = block(x, past)
             cache.append(kv)
         return self.ln_f(x), cache
 
     def place(self, x: Tensor, n_past: int) -> Tensor:
-        """(B, T, C) -> the same with positions n_past … n_past+T-1 put in, where a family does so at the input."""
-        return x
+        return x  # GPT-2 adds its positions here; a Llama turns its queries and keys instead
 
     @torch.no_grad()
     def generate(
@@ -166,10 +152,9 @@ class Decoder(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(B, T) ids -> (B, T + new) ids, new ≤ max_new_tokens.
 
-        The prompt is read once; then each step reads the one token that is new, behind the cache of all before it.
-        Temperature 0 takes the likeliest token; above it, one is sampled, among the top_k likeliest if given. A row that
-        has emitted stop_token is filled up with it, and all end when every row has. The last token is never read, so
-        P + T + max_new_tokens may reach block_size + 1; raises ValueError beyond that.
+        The prompt is read once; then each step reads the one new token, behind the cache of all before it. Temperature 0
+        takes the likeliest token; above it, one is sampled, among the top_k likeliest if given. A row that has emitted
+        stop_token is filled up with it. The last token is never read, so P + T + max_new_tokens may be block_size + 1.
         """
         new, done = idx, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -177,10 +162,9 @@ class Decoder(nn.Module):
             logits = (hidden[:, -1] @ self.head.T).float()  # (B, V)
             if top_k is not None:
                 logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+            new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             if temperature > 0:
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)  # (B, 1)
-            else:
-                new = logits.argmax(dim=-1, keepdim=True)
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)
             if stop_token is not None:
                 new = new.masked_fill(done, stop_token)
                 done |= new == stop_token
@@ -211,7 +195,6 @@ class GPT(Decoder):
 
 def rows_of(caches: list[KVCache]) -> KVCache:
     """N caches of batch 1 and one length -> one of batch N, so that each row of a batch has its own past."""
-    lengths = [cache[0][0].size(2) for cache in caches]
-    if len(set(lengths)) > 1:
+    if len(set(lengths := [cache[0][0].size(2) for cache in caches])) > 1:
         raise ValueError(f"pasts of {lengths} positions cannot be rows of one batch: give adapters of one length")
     return [tuple(torch.cat(tensors) for tensors in zip(*layer)) for layer in zip(*caches)]

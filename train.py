@@ -34,9 +34,10 @@ from small_base.process import Progress, pick_device, run_command, say, start_pr
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
-from storage.base import HUB_REPOS, fingerprint, load_base, save_base
+from storage.base import fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint, Curve
-from storage.files import TRAINING, check_place, check_predictions, replace_file, write_json
+from storage.files import TRAINING, check_place, check_predictions, read_json, replace_file, write_json
+from storage.hub import HUB_REPOS, base_directory
 from storage.tokenizers import copy_tokenizer, load_tokenizer
 
 DEFAULT_BASE = Path("out/base")
@@ -62,7 +63,7 @@ RECIPES = {
     "pretrain": Recipe((), 0, 2e-2, 350),
 }
 
-# -------------------------------------------------------------------------------------------------------- the objective
+# --------------------------------------------------------------------------------------------------------- the objective
 
 
 def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None:
@@ -116,7 +117,7 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
     return total / count, exact
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------------------- training
 
 
 class Plan(NamedTuple):
@@ -174,7 +175,7 @@ def check_finite(loss: float, lr: float) -> float:
     return loss
 
 
-# --------------------------------------------------------------------------------------------------------------- set-up
+# ---------------------------------------------------------------------------------------------------------------- set-up
 
 
 def load_examples(task: str, path: str | None, val_path: str | None, seed: int) -> dict[str, list[Example]]:
@@ -186,7 +187,7 @@ def load_examples(task: str, path: str | None, val_path: str | None, seed: int) 
         sizes = {"train": 1000, "validation": 200, "test": 500}
         return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
     train = read_jsonl(path)
-    held_out, train = (read_jsonl(val_path), train) if val_path else hold_out(train, seed)
+    held_out, train = (read_jsonl(val_path), train) if val_path is not None else hold_out(train, seed)
     return {"train": train, "validation": held_out, "test": held_out}
 
 
@@ -211,8 +212,8 @@ def new_adapters(
         return [kind.text(model, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
     adapters = load_adapters(init, model)
     if tuple(map(type, adapters)) != kinds:
-        found, needed = (" and ".join(kind.__name__ for kind in some) for some in (map(type, adapters), kinds))
-        raise ValueError(f"--init {init} holds a {found}, and --method trains a {needed}")
+        found, needed = (" and ".join(f"a {kind.__name__}" for kind in some) for some in (map(type, adapters), kinds))
+        raise ValueError(f"--init {init} holds {found}, and --method trains {needed or 'no adapter'}")
     return adapters
 
 
@@ -242,7 +243,8 @@ def answers(
             chunk = same[start : start + 32]
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
             for i, row in zip(chunk, model.generate(idx, room, past_kv, stop_token=end, **sampling).tolist()):
-                texts[i] = tokenizer.decode([token for token in row[length:] if token < end])
+                answer = row[length : row.index(end, length)] if end in row[length:] else row[length:]
+                texts[i] = tokenizer.decode([token for token in answer if token < tokenizer.n_vocab])
     return texts
 
 
@@ -354,90 +356,73 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return {"method": "prompt", "completion": completion}
 
 
-def adapt(
-    args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]
-) -> dict[str, Any]:
-    """Checks that all can be done, tunes, saves, and only then evaluates and shows -> what was measured."""
+def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
+    """Checks that all can be done, tunes, saves, and only then tests and shows -> what was measured."""
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
-    kinds, test = RECIPES[args.method].adapters, rows["test"]
     torch.manual_seed(args.seed)
-    adapters = new_adapters(kinds, model, tokenizer, rows["train"], args.n_virtual, args.init, args.init_text, args.seed)
+    start = (args.n_virtual, args.init, args.init_text, args.seed)
+    adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *start)
     if args.mid_dim:
         adapters[0].reparametrise(args.mid_dim)
-    past_kv = stacked_past_kv(adapters, model)
+    past_kv = stacked_past_kv(adapters, model.requires_grad_(args.method == "full"))
     for split in rows:
         check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
-    settings = settings_of(args, model, rows)
-    data = os.path.abspath(args.data) if args.data else "embedded"
-    training = settings | {"task": args.task, "data": data, "base": model.name}  # what training.json tells a person
+    settings = settings_of(args, model, adapters, rows)
+    names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
+    found = settings | names
     places = [] if args.method == "none" else [args.out / name for name in STACK] if len(adapters) > 1 else [args.out]
-    for place in places:
-        check_place(place, training)
+    for place in places and [args.out, *places]:  # a stack does not move in with an adapter
+        check_place(place, found)
     if args.predict:
         check_predictions(args.predict)
+    say(f"base     {model.name}: {found['n_base']:,} parameters, context {model.config.block_size}, {found['dtype']} on {model.device}")
+    say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
+    say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found))
 
-    found = describe(args, model, adapters, examples["train"][0])
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
-    found["loss_frozen"], hits_frozen = evaluate(model, [], test, args.batch_size)
+    found["loss_frozen"], hits_frozen = evaluate(model, [], rows["test"], args.batch_size)
     plan = Plan(args.steps, args.lr, args.batch_size, args.seed, args.eval_every, args.save_every)
     begin, checkpoint = time.perf_counter(), Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
     found["curve"] = tune(model, adapters, rows, plan, checkpoint)
     found["seconds_train"] = time.perf_counter() - begin
     if this_process()[0] > 0:  # one is enough for what remains
         return found
-    save(places, adapters, model, training | found)
+    save(places, adapters, model, found)
     checkpoint.file.unlink(missing_ok=True)
-
-    found["loss"], hits = evaluate(model, adapters, test, args.batch_size)
+    found["loss"], hits = evaluate(model, adapters, rows["test"], args.batch_size)
     found |= {"exact_match_frozen": share(hits_frozen), "exact_match": share(hits)}
     for place in places:
-        write_json(place / TRAINING, training | found)
+        write_json(place / TRAINING, found)
     say("test     frozen  loss {loss_frozen:.3f}  exact match {exact_match_frozen:5.1f} %".format(**found))
     say("         tuned   loss {loss:.3f}  exact match {exact_match:5.1f} %\n".format(**found))
-    worst_first = sorted(range(len(test)), key=hits.__getitem__)
-    for line in predictions(model, adapters, tokenizer, examples["test"], test, worst_first[:3]):
-        say("source   {input}\nexpected {target}\ngot      {prediction}\n".format(**line))
-    if args.predict:
-        lines = map(json.dumps, predictions(model, adapters, tokenizer, examples["test"], test, range(len(test))))
-        check_predictions(args.predict)
-        replace_file(args.predict, "".join(f"{line}\n" for line in lines).encode())
+    show(model, adapters, tokenizer, examples["test"], rows["test"], hits, args.predict)
     return found
 
 
-def settings_of(args: argparse.Namespace, model: Decoder, rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """-> all that decides how a run goes; two runs that agree in it are the same run."""
+def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]]) -> dict[str, Any]:
+    """-> all that decides how a run goes, and its sizes; two runs that agree in it are the same run."""
     flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size", "seed", "eval_every")
     examples = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
     own = {"dtype": str(model.dtype).removeprefix("torch."), "base": fingerprint(model), "examples": examples}
-    return {flag: getattr(args, flag) for flag in flags} | own
-
-
-def describe(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], example: Example) -> dict[str, Any]:
-    """Says what will be trained, on what -> the same in numbers. With --method full, opens the model to gradients."""
-    model.requires_grad_(args.method == "full")
     n_base = sum(p.numel() for p in model.parameters())
     n_trainable = sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad)
     n_stored = sum(adapter.n_stored() for adapter in adapters) or n_trainable
-    percent, dtype = 100 * n_stored / n_base, str(model.dtype).removeprefix("torch.")
-    say(f"base     {model.name}: {n_base:,} parameters, context {model.config.block_size}, {dtype} on {model.device}")
-    say(f"task     {args.task}: {example.input!r} -> {example.target!r}")
-    say(f"method   {args.method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base")
-    sizes = {"n_trainable": n_trainable, "n_stored": n_stored, "n_base": n_base, "percent": percent}
-    return {"method": args.method, "task": args.task, "out": str(args.out)} | sizes
+    own |= {"n_base": n_base, "n_trainable": n_trainable, "n_stored": n_stored, "percent": 100 * n_stored / n_base}
+    return {flag: getattr(args, flag) for flag in flags} | own
 
 
-def save(places: list[Path], adapters: list[nn.Module], model: Decoder, training: dict[str, Any]) -> None:
+def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any]) -> None:
     """Saves each adapter to its place, or the tuned model where there are none, and says how to use what was saved."""
     for place, adapter in zip(places, adapters or [None]):
-        write_json(place / TRAINING, training)
+        write_json(place / TRAINING, found)
         if adapter:
             adapter.save(place, model)
         else:
             copy_tokenizer(model.name, place)
-            save_base(model, place)
+            save_base(model, place, read_json(base_directory(model.name) / "config.json"))
+    use = f"--base {model.name} --adapter {found['out']}" if adapters else f"--base {found['out']}"
     if places:
-        use = f"--base {model.name} --adapter {training['out']}" if adapters else f"--base {training['out']}"
-        say(f'saved to {training["out"]}; use it with: python train.py {use} --prompt "…"\n')
+        say(f'saved to {found["out"]}; use it with: python train.py {use} --prompt "…"\n')
 
 
 def share(hits: list[bool]) -> float:
@@ -445,12 +430,19 @@ def share(hits: list[bool]) -> float:
     return 100 * sum(hits) / len(hits)
 
 
-def predictions(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example], rows: list[Row], which: Any
-) -> list[dict[str, str]]:
-    """-> input, target and the greedy answer of some of the examples."""
-    texts = answers(model, adapters, tokenizer, [rows[i].source for i in which], 2 * max(len(row.target) for row in rows))
-    return [{"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(which, texts)]
+def show(
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example], rows: list[Row],
+    hits: list[bool], file: Path | None,
+) -> None:  # fmt: skip
+    """Prints three examples and their greedy answers, wrong ones first; with a file named, writes all of them to it as JSONL."""
+    order = sorted(range(len(rows)), key=hits.__getitem__)[: None if file else 3]
+    texts = answers(model, adapters, tokenizer, [rows[i].source for i in order], 2 * max(len(row.target) for row in rows))
+    found = {i: {"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(order, texts)}
+    for i in order[:3]:
+        say("source   {input}\nexpected {target}\ngot      {prediction}\n".format(**found[i]))
+    if file:
+        check_predictions(file)
+        replace_file(file, "".join(f"{json.dumps(found[i])}\n" for i in range(len(rows))).encode())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from small_base.process import Progress, say
 from small_base.world import random_document
 from storage.base import save_base
-from storage.files import OURS, check_writable
+from storage.files import TRAINING, check_place, write_json
 from storage.tokenizers import build_tokenizer, ranks_of, save_tokenizer
 
 
@@ -81,11 +81,13 @@ def pretrain(
     """Makes a base from texts, or from the restaurant world where there are none, and saves it with its tokenizer to `out`.
 
     Documents are packed into one stream and read in windows. A base is never overwritten, not even by another process that
-    finishes later. Raises ValueError if something is there, the texts are too few, or the loss is no number.
+    finishes later. Raises ValueError if another model is there, the texts are too few, or the loss is no number.
     """
-    if found := [name for name in OURS if (out / name).exists()]:
-        raise ValueError(f"{out} holds {found[0]} already, and a base is not overwritten: name another --out")
-    check_writable(out)
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model already, and a base is not overwritten: name another --out")
+    training = {"method": "pretrain", "task": "texts" if texts else "the restaurant world", "data": None, "base": None}
+    training |= {"steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed}
+    check_place(out, training)
     say(f"pretraining the small base, once, into {out}")
     rng = random.Random(seed)
     texts = texts or [random_document(rng) for _ in range(2 * steps * batch_size)]
@@ -121,6 +123,7 @@ def pretrain(
 
     if (out / "config.json").exists():
         return say(f"{out} was made by another process meanwhile, and stays")
+    write_json(out / TRAINING, training | {"loss": loss.item()})
     save_tokenizer(out, merges)
     save_base(model, out)
 

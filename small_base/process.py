@@ -74,9 +74,10 @@ class Progress:
         now, last = time.perf_counter(), step == self.steps
         terminal = sys.stdout is not None and sys.stdout.isatty()
         tenth = not terminal and step % math.ceil(self.steps / 10) == 0
-        if last or tenth or now - self.shown > (0.2 if terminal else 5):
-            self.shown, seconds = now, now - self.begin
-            left = seconds / (step - self.first) * (self.steps - step)
+        seconds = now - self.begin
+        a_step = seconds / (step - self.first)
+        if last or tenth or now - self.shown + a_step > (0.2 if terminal else 5):  # the next one would be late
+            self.shown, left = now, a_step * (self.steps - step)
             line = f"step {step:4}/{self.steps}  {losses}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
             say(line, start="\r" if terminal else "", end="\n" if last or not terminal else "")
 
@@ -90,7 +91,7 @@ def run_command(command: Callable[[], Any]) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sentence = "".join(c if c.isprintable() else " " for c in str(error))[:1000]  # a file's own words may be in it
         if isinstance(error, (MemoryError, RuntimeError)):
-            if isinstance(error, RuntimeError) and "memory" not in sentence:
+            if isinstance(error, RuntimeError) and ("memory" not in sentence or "illegal" in sentence):
                 raise  # a mistake of ours
             sentence = f"the memory does not suffice: lower --batch-size or --n-virtual, or give --dtype bfloat16 ({sentence})"
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)

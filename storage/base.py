@@ -1,115 +1,78 @@
-"""A base on disk: a Hugging Face directory of config.json and model.safetensors, here or on their hub."""
+"""A base on disk, in Hugging Face's layout: config.json and model.safetensors, for GPT-2 and the Llama family."""
 
 import hashlib
-import http.client
-import os
-import shutil
-import urllib.request
-from dataclasses import asdict
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama import Llama, LlamaConfig
 from model import GPT, Decoder, GPTConfig
 from storage.files import read_json, read_tensors, saved_file, write_json, write_tensors
+from storage.hub import WEIGHTS, base_directory, shards
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights may have; for float8, torch has no sum
-HUB = "https://huggingface.co/{repo}/resolve/main/{file}"
-HUB_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-HUB_REPOS["distilgpt2"] = "distilbert/distilgpt2"
-BASE_FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
+FAMILIES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # what config.json calls them, and people
 
-# What config.json says of every model here; of a foreign one, what it says otherwise is refused by name.
-ARCHITECTURE = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "n_inner": None,
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-THEIR_NAMES = {"block_size": "n_positions"}
-
-
-def base_directory(name_or_dir: str | Path) -> Path:
-    """A directory -> itself; one of OpenAI's names -> the folder that its files were downloaded to, once."""
-    if str(name_or_dir) not in HUB_REPOS:
-        return Path(name_or_dir)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = Path(cache) / "prefix-tuning" / str(name_or_dir)
-    for file in BASE_FILES:
-        if not (directory / file).exists():
-            url = HUB.format(repo=HUB_REPOS[str(name_or_dir)], file=file)
-            print(f"downloading {url} to {directory}", flush=True)
-            try:
-                download(url, directory / file)
-            except (OSError, http.client.HTTPException) as error:
-                put = f"put {', '.join(BASE_FILES)} of {name_or_dir} into {directory}"
-                raise ValueError(f"cannot download {url} ({error or type(error).__name__}): {put}") from None
-    return directory
-
-
-def download(url: str, path: Path) -> None:
-    """Fetches a file, whole or not at all. Raises OSError if the answer ends early."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with urllib.request.urlopen(url) as answer, open(part, "wb") as file:
-            shutil.copyfileobj(answer, file)
-            if answer.length:  # bytes that were promised and did not come
-                raise OSError(f"the answer ended {answer.length:,} bytes early")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+# Our sizes under the names of config.json; what it says of every model here: of a foreign one, what differs is refused by
+# name; and our weights under the names of model.safetensors.
+GPT2_SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+GPT2_SAME = dict(model_type="gpt2", activation_function="gelu_new", n_inner=None, tie_word_embeddings=True)
+GPT2_SAME |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+LLAMA_SIZES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", head_dim="head_dim")
+LLAMA_SIZES |= dict(n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", n_inner="intermediate_size")
+LLAMA_SAME = dict(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False, partial_rotary_factor=1.0)
+LLAMA_WEIGHTS = {r"^wte": "model.embed_tokens", r"^h\.": "model.layers.", r"^ln_f": "model.norm", r"\.attn\.": ".self_attn."}
+LLAMA_WEIGHTS |= {r"\.ln_1": ".input_layernorm", r"\.ln_2": ".post_attention_layernorm"}
 
 
 def load_base(name_or_dir: str | Path) -> Decoder:
-    """A Hugging Face directory, or one of OpenAI's names -> the model, in the dtype of its file.
+    """A Hugging Face directory, or a name on their hub -> the model, in the dtype of its files.
 
-    The file is mapped, not read: weights enter memory when they are first used. Raises ValueError, with what was
-    found, for a missing, broken or foreign file.
+    They are mapped, not read: weights enter memory when they are first used. Raises ValueError, with what was found, for
+    a missing, broken or foreign file.
     """
     directory = base_directory(name_or_dir)
+    config = read_config(directory)
     with torch.device("meta"):
-        model = GPT(read_config(directory))
+        model = GPT(config) if isinstance(config, GPTConfig) else Llama(config)
     model.name = str(name_or_dir)
-    if (directory / "model.safetensors.index.json").exists():
-        raise ValueError(f"{directory} holds sharded weights: save them as one model.safetensors")
-    tensors = read_tensors(saved_file(directory, "model.safetensors"))
-    found = {key.removeprefix("transformer."): t for key, t in tensors.items()}
-    weights = {}
+    found, weights = {}, {}
+    for file in shards(directory):
+        found |= {without_prefix(key): tensor for key, tensor in read_tensors(saved_file(directory, file)).items()}
     for name, parameter in model.state_dict().items():
-        if name not in found:
-            raise ValueError(f"{directory}/model.safetensors has no {name}: it is not the file of a GPT-2 of {model.config}")
-        weights[name] = stored(name, found.pop(name))
+        key = without_prefix(their_name(name, model))
+        if key not in found:
+            raise ValueError(f"{directory}: the weights have no {key}, which {config} asks for")
+        weights[name] = stored(name, found.pop(key))
         shape, dtype = tuple(weights[name].shape), weights[name].dtype
         if shape != parameter.shape or dtype not in FLOATS:
-            expected = tuple(parameter.shape)
-            raise ValueError(f"{directory}: {name} is {dtype} of shape {shape}, config.json asks for {expected}")
+            raise ValueError(f"{directory}: {key} is {dtype} of shape {shape}, config.json asks for {tuple(parameter.shape)}")
         if not weights[name].isfinite().all():
-            raise ValueError(f"{directory}: {name} holds numbers that are not finite: save or download it again")
-    head = found.pop("lm_head.weight", weights["wte.weight"])
-    if not torch.equal(head, weights["wte.weight"]):
-        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; only a tied head can be loaded")
-    unknown = [name for name in found if not name.endswith((".attn.bias", ".attn.masked_bias"))]  # old mask buffers
+            raise ValueError(f"{directory}: {key} holds numbers that are not finite: save or download it again")
+    if not torch.equal(found.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
+        raise ValueError(f"{directory}: lm_head.weight differs from the embedding, and config.json says that the head is tied")
+    unknown = [key for key in found if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq"))]  # buffers of old
     if unknown:
-        raise ValueError(f"{directory}/model.safetensors holds {unknown[0]}, which a GPT-2 does not have")
+        raise ValueError(f"{directory}: the weights hold {unknown[0]}, which {config} does not have")
     model.load_state_dict(weights, assign=True)
     return model
 
 
-def save_base(model: GPT, directory: str | Path) -> None:
-    """Writes config.json and model.safetensors as Hugging Face's GPT2LMHeadModel does; the config, without which no one
-    loads them, comes last."""
-    directory = Path(directory)
-    sizes = {THEIR_NAMES.get(name, name): value for name, value in asdict(model.config).items()}
-    end = model.config.vocab_size - 1  # GPT-2's last token is the end of text, and serves as the beginning too
-    config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end} | ARCHITECTURE | sizes
-    tensors = {f"transformer.{name}": stored(name, tensor) for name, tensor in model.state_dict().items()}
-    write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | None = None) -> None:
+    """Writes model.safetensors, and last the config.json without which no one loads it: that of a GPT-2, or the one given."""
+    directory, dtype = Path(directory), str(model.dtype).removeprefix("torch.")
+    tensors = {their_name(name, model): stored(name, tensor) for name, tensor in model.state_dict().items()}
+    write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
+    if config is None:
+        sizes = {theirs: getattr(model.config, ours) for ours, theirs in GPT2_SIZES.items()}
+        sizes["layer_norm_epsilon"] = model.config.layer_norm_epsilon
+        end = model.config.vocab_size - 1  # GPT-2's last token is the end of text, and serves as the beginning too
+        config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end} | GPT2_SAME | sizes
+    else:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
     write_json(directory / "config.json", config)
 
 
@@ -125,23 +88,53 @@ def fingerprint(model: Decoder) -> str:
 
 
 def stored(name: str, weight: Tensor) -> Tensor:
-    """A weight as nn.Linear holds it -> as the file does, and back: Hugging Face's Conv1D stores (in, out); biases stay."""
+    """A weight as nn.Linear holds it -> as the file does, and back: GPT-2's Conv1D stores (in, out); all else as it is."""
     return weight.transpose(0, -1) if ".c_" in name else weight
 
 
-def read_config(directory: Path) -> GPTConfig:
-    """config.json -> GPTConfig. Raises ValueError for what is not this architecture, or no size."""
+def their_name(name: str, model: Decoder) -> str:
+    """What a weight is called here -> in Hugging Face's files."""
+    if isinstance(model, GPT):
+        return f"transformer.{name}"
+    for ours, theirs in LLAMA_WEIGHTS.items():
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def without_prefix(key: str) -> str:
+    return key.removeprefix("transformer.").removeprefix("model.")  # which some writers leave out
+
+
+def read_config(directory: Path) -> GPTConfig | LlamaConfig:
+    """config.json -> the sizes of its family. Raises ValueError for what is not this architecture, or no size."""
     path = saved_file(directory, "config.json")
     found = read_json(path)
-    *fields, _ = GPTConfig.__annotations__
-    sizes: dict[str, Any] = {field: found.get(THEIR_NAMES.get(field, field)) for field in fields}
-    epsilon = found.get("layer_norm_epsilon", 1e-5)
-    if not all(type(n) is int and 0 < n < 10**6 for n in sizes.values()) or sizes["n_layer"] > 1000 or type(epsilon) is not float:
-        raise ValueError(f"{path}: {sizes}, layer_norm_epsilon {epsilon!r} (block_size is n_positions) are not a GPT-2's")
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise ValueError(f"{path}: n_embd {sizes['n_embd']} does not divide into n_head {sizes['n_head']} heads of one width")
-    same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * sizes["n_embd"]}  # other words for what we have
-    for key, ours in ARCHITECTURE.items():
-        if found.get(key, ours) not in (ours, same.get(key, ours)):
-            raise ValueError(f"{path}: {key} is {found[key]!r}; this GPT-2 has {ours!r}")
-    return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
+    kind = found.get("model_type", "gpt2")
+    if kind not in list(FAMILIES):  # it may be anything, hashable or not
+        raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be loaded")
+    gpt2, family = kind == "gpt2", FAMILIES[kind]
+    names, same = (GPT2_SIZES, GPT2_SAME) if gpt2 else (LLAMA_SIZES, LLAMA_SAME)
+    epsilon = found.setdefault(eps := "layer_norm_epsilon" if gpt2 else "rms_norm_eps", 1e-5 if gpt2 else 1e-6)
+    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+    if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
+        found |= {"num_key_value_heads": found.get("num_key_value_heads") or heads, "head_dim": found.get("head_dim") or width // heads}
+    sizes: dict[str, Any] = {ours: found.get(theirs) for ours, theirs in names.items()}
+    if not all(type(n) is int and 0 < n < 10**7 for n in sizes.values()) or sizes["n_layer"] > 1000 or type(epsilon) is not float:
+        raise ValueError(f"{path}: { {key: found.get(key) for key in (*names.values(), eps)} } are not a {family}'s")
+    if sizes["n_embd"] % sizes["n_head"] if gpt2 else sizes["n_head"] % sizes["n_kv_head"] or sizes["head_dim"] % 2:
+        raise ValueError(f"{path}: {sizes} do not divide into heads of one width, an even one where it is turned")
+    in_other_words = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * sizes["n_embd"]}
+    for key, ours in same.items():
+        if found.get(key, ours) not in (ours, in_other_words.get(key, ours)):
+            raise ValueError(f"{path}: {key} is {found[key]!r}; this {family} has {ours!r}")
+    if gpt2:
+        return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    theta, scaling = rope.get("rope_theta", found.get("rope_theta", 10000.0)), None
+    if (turning := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = tuple(map(rope.get, keys))
+    if turning not in ("default", "llama3") or not all(type(n) in (int, float) and n > 0 for n in (theta, *(scaling or ()))):
+        raise ValueError(f"{path}: the rotation {rope or theta!r} is not known here, only the default and that of Llama 3")
+    qwen = {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3", "tied": found.get("tie_word_embeddings") is True}
+    return LlamaConfig(**sizes, rope_theta=theta, rope_scaling=scaling, rms_norm_eps=epsilon, **qwen)

@@ -40,8 +40,9 @@ class Checkpoint(NamedTuple):
                 step, curve, found = (json.loads(opened.metadata()[key]) for key in ("step", "curve", "settings"))
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}
             step, curve, found = int(step), [(int(at), float(loss)) for at, loss in curve], dict(found)
-            (_, _), *_ = curve
-        except (SafetensorError, KeyError, RecursionError, TypeError, ValueError) as error:  # the metadata may be anything
+            if not curve or step < 1:
+                raise ValueError(f"step {step}, {len(curve)} losses")
+        except (SafetensorError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:  # it may be anything
             raise ValueError(f"{self.file} is not a whole checkpoint ({error}): delete it to start anew") from None
         if not self.resume:
             raise ValueError(f"{self.file} is of a run stopped after step {step}: add --resume to go on, or delete it")
@@ -54,7 +55,8 @@ class Checkpoint(NamedTuple):
             for i, parameter in enumerate(trainee.parameters()):
                 if parameter.requires_grad:
                     state[i] = {name: tensors.pop(f"{i}/{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
-                    state[i]["exp_avg"].view_as(parameter), state[i]["exp_avg_sq"].view_as(parameter)
+                    if [t.shape for t in state[i].values()] != [(), parameter.shape, parameter.shape] or state[i]["step"] != step:
+                        raise KeyError(f"the averages of tensor {i} after step {step}")
             trainee.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
             reason = str(error).replace("\n", " ")[:200]

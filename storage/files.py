@@ -73,6 +73,7 @@ def check_place(directory: Path, training: dict[str, Any]) -> None:
 
     It may hold the result of an earlier training that agrees in method, task, data and base, and any files but ours.
     """
+    check_writable(directory)
     found = [name for name in OURS if (directory / name).exists()]
     if found:
         before = read_json(directory / TRAINING) if TRAINING in found else {}
@@ -80,7 +81,6 @@ def check_place(directory: Path, training: dict[str, Any]) -> None:
         if who != {key: training[key] for key in who}:
             what = "{method} trained for {task} ({data}) on {base}".format(**who) if before else f"{found[0]} of unknown training"
             raise ValueError(f"{directory} holds {what}, which is not overwritten: name another --out")
-    check_writable(directory)
 
 
 def check_writable(directory: Path) -> None:

@@ -1,6 +1,6 @@
 """The same work here and in PEFT, side by side: same weights, same adapter, same batch, in one process, turn by turn.
 
-    python tests/benchmark.py             GPT-2 small of random weights, and the small base: a table, and tests/benchmark.json
+    python tests/benchmark.py             GPT-2 small and SmolLM2-135M of random weights, and the small base: tests/benchmark.json
     python tests/benchmark.py --quick     the small base alone, a minute
     python tests/benchmark.py --growth    how time and memory grow with P, T, B and the model; a figure, with matplotlib
 
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -27,57 +26,72 @@ from pathlib import Path
 from statistics import median, quantiles
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows products with one row: PEFT's generation, not ours
+os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows products with one row
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-from common import data, finish, forward, gradients, kept_for_backward, train  # noqa: E402
+from common import data, finish, forward, gradients, kept_for_backward, train, write_json  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from model import GPT, GPTConfig  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from model import GPT, Decoder, GPTConfig  # noqa: E402
+from small_base.pretrain import pretrain  # noqa: E402
+from small_base.process import pick_device  # noqa: E402
+from storage.base import load_base, save_base  # noqa: E402
+from storage.files import read_json  # noqa: E402
 
 SIZES = {
     "small": GPTConfig(950),
     "124M": GPTConfig(50257, 1024, 12, 12, 768),
+    "135M": LlamaConfig(49152, 8192, 30, 9, 3, 576, 1536, 64, rope_theta=100000.0, rms_norm_eps=1e-5),  # SmolLM2
     "355M": GPTConfig(50257, 1024, 24, 16, 1024),
     "1.5B": GPTConfig(50257, 1024, 48, 25, 1600),
 }
 SOURCE, TARGET, NEW = 45, 30, 64  # tokens: the shape of the E2E benchmark; and how many to generate
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-DEVICE = train.pick_device(None)
+DEVICE = pick_device(None)
 CUDA = DEVICE.type == "cuda"
 
 # ------------------------------------------------------------------------------------------------------ what is compared
 
 
-def save_base(root: Path, size: str) -> None:
-    """Random weights, in each dtype in which they are used."""
+def make_base(root: Path, size: str) -> None:
+    """Random weights, in each dtype in which they are used; a Llama's config as transformers writes it."""
     torch.manual_seed(0)
-    model = GPT(SIZES[size])
+    c, llama = SIZES[size], isinstance(SIZES[size], LlamaConfig)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} if llama else None
+    if llama:
+        config |= {"vocab_size": c.vocab_size, "max_position_embeddings": c.block_size, "num_hidden_layers": c.n_layer}
+        config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "hidden_size": c.n_embd}
+        config |= {"intermediate_size": c.n_inner, "head_dim": c.head_dim, "rope_theta": c.rope_theta, "rms_norm_eps": c.rms_norm_eps}
+    model = Llama(c) if llama else GPT(c)
+    for parameter in model.parameters() if llama else []:
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.04)
     for dtype in (FLOAT32, BFLOAT16):
-        model.to(dtype).save_pretrained(base_directory(root, size, dtype))
+        save_base(model.to(dtype), base_directory(root, size, dtype), config)
 
 
 def base_directory(root: Path, size: str, dtype: torch.dtype) -> Path:
     return root / f"{size}-{dtype}"
 
 
-def ours(directory: Path, method: str, P: int) -> tuple[GPT, nn.Module]:
+def ours(directory: Path, method: str, P: int) -> tuple[Decoder, nn.Module]:
     """-> our base, frozen, and an adapter of random numbers on it."""
-    model = GPT.from_pretrained(directory).to(DEVICE).freeze()
+    model = load_base(directory).to(DEVICE).freeze()
     (kind,) = train.RECIPES[method].adapters
     return model, kind.random(model, P, torch.Generator().manual_seed(0))
 
 
 def theirs(directory: Path, method: str, adapter: nn.Module | None = None, P: int = 0) -> nn.Module:
-    """-> transformers' GPT-2 from the same files in PEFT's adapter, of the same numbers if one is given."""
+    """-> transformers' model from the same files in PEFT's adapter, of the same numbers if one is given."""
     import peft
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    base = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype="auto").to(DEVICE).eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(DEVICE).eval()
     base.generation_config.eos_token_id = None  # so that it goes on to the last token
     kind = {"prefix": peft.PrefixTuningConfig, "soft_prompt": peft.PromptTuningConfig}[method]
     model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=P or len(next(adapter.parameters()))))
@@ -124,12 +138,16 @@ def step(trained: nn.Module, backward: Callable[[], Tensor]) -> Callable[[], flo
 def products(size: str, method: str, P: int, B: int, T: int = SOURCE + TARGET) -> list[tuple[int, int, int]]:
     """-> (rows, in, out) of each matrix product of a forward pass with weights; backward to the activations has as many.
 
-    Each block at all positions that are read, a soft prompt once a batch, and the vocabulary at the targets alone. A step here
-    has a little less to do: it skips most of the last block, on 124M 4 % of all.
+    Each block at all positions that are read, a soft prompt once a batch, and the vocabulary at the targets alone.
     """
     c, n = SIZES[size], B * (T - 1) + (P if method == "soft_prompt" else 0)
     C = c.n_embd
-    return c.n_layer * [(n, C, 3 * C), (n, C, C), (n, C, 4 * C), (n, 4 * C, C)] + [(B * TARGET, C, c.vocab_size)]
+    if isinstance(c, LlamaConfig):
+        Q, K = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        block = [(n, C, Q), (n, C, K), (n, C, K), (n, Q, C), (n, C, c.n_inner), (n, C, c.n_inner), (n, c.n_inner, C)]
+    else:
+        block = [(n, C, 3 * C), (n, C, C), (n, C, 4 * C), (n, 4 * C, C)]
+    return c.n_layer * block + [(B * TARGET, C, c.vocab_size)]
 
 
 def floor(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[], None]:
@@ -222,7 +240,7 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
         kept[dtype] = [kept_for_backward(*way) / 1e6 for way in ways]
     taken, spread = seconds(contestants)
     if P == 20:
-        whole = GPT.from_pretrained(base_directory(root, size, FLOAT32)).to(DEVICE)
+        whole = load_base(base_directory(root, size, FLOAT32)).to(DEVICE)
         pair = {"here": contestants["here", FLOAT32], "full": step(whole, partial(gradients, whole, [], batch))}
         against_full, _ = seconds(pair)
     for dtype in kept:
@@ -260,7 +278,7 @@ def compare_generation(table: Table, root: Path, size: str, P: int) -> None:
 def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
     """A prefix step in float32, along one axis at a time from P 20, T 75, batch 10; and how fast the small base is made."""
     for size in sizes:
-        save_base(root, size)
+        make_base(root, size)
     room = SIZES[reference].block_size - SOURCE - TARGET
     axes = {"P": [P for P in (1, 4, 16, 64, 256, 512) if P <= room], "T": [35, 75, 150, 300], "B": [1, 4, 10, 40], "size": sizes}
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
@@ -277,7 +295,8 @@ def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
         place = {"axis": axis, "x": x, "kept_mb": kept / 1e6, "spread": spread}
         table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.main(["--method", "pretrain", "--steps", "40", "--out", str(root / "pretrained")])
+        recipe = train.RECIPES["pretrain"]
+        pretrain(root / "pretrained", [], steps=40, lr=recipe.lr, batch_size=16, seed=0, device=DEVICE)
     speed = re.findall(r"([\d,]+) tokens/s", printed.getvalue())[-1]
     table.add("pretraining of the small base", "tokens/s", float(speed.replace(",", "")))
 
@@ -317,21 +336,21 @@ def main() -> None:
         return print(peak_of_this_process(*args.peak))
     name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     path = Path(__file__).with_name(f"benchmark-{name.replace(' ', '-')}.json" if CUDA else "benchmark.json")
-    table, sizes = Table(), ["small"] if args.quick else ["small", "124M", "1.5B"] if CUDA else ["small", "124M"]
+    table, sizes = Table(), ["small"] if args.quick else ["small", "124M", "135M", "1.5B"] if CUDA else ["small", "124M", "135M"]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if args.growth:
-            grow(table, root, sizes[-1], ["small", "124M", "355M"][: 1 if args.quick else 3])
+            grow(table, root, "small" if args.quick else "124M", ["small", "124M", "355M"][: 1 if args.quick else 3])
         else:
             peaks = {dtype: matmul_peak(dtype) for dtype in (FLOAT32, BFLOAT16)}
             for size in sizes:
-                save_base(root, size)
+                make_base(root, size)
                 for method, P in itertools.product(("prefix", "soft_prompt"), (5, 20) if size == "small" else (5, 20, 100)):
                     compare(table, root, size, method, P, 32 if CUDA else 10, peaks)
                 compare_generation(table, root, size, P=5)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     found |= {"device": name, "torch": torch.__version__, "growth" if args.growth else "comparison": table.rows}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(path, found)
     if args.growth:
         draw(table.rows, path.with_suffix(".png"))
 

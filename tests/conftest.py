@@ -18,7 +18,8 @@ from blank import EXERCISES  # noqa: E402
 
 import train  # noqa: E402
 from data import Example  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from model import GPT, Decoder, GPTConfig  # noqa: E402
 from small_base.process import start_process  # noqa: E402
 from small_base.world import task_examples  # noqa: E402
 
@@ -33,16 +34,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"ex{number}: grades exercise {number}, {exercise.title}: {exercise.function}")
 
 
-def random_model(seed: int = 0) -> GPT:
+def random_model(seed: int = 0, family: str = "gpt2") -> Decoder:
     """Weights an order larger than at GPT-2's start: attention is far from uniform, so a wrong score shows.
 
-    Gains lie around 1, or the last norm would silence the content, and every text would go on with the same token.
+    Gains lie around 1, or the last norm would silence the content, and every text would go on with the same token. The
+    Llama has twice as many heads of queries, so that a prefix has the shape (P, L, 2, H, D) on both.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(V, BLOCK, L, H, C)).double()
+    llama = LlamaConfig(V, BLOCK, L, 2 * H, H, C, 3 * C, D, rope_theta=100.0, rms_norm_eps=1e-5)
+    model = (Llama(llama) if family == "llama" else GPT(GPTConfig(V, BLOCK, L, H, C))).double()
     for parameter in model.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.RMSNorm)):
         norm.weight.data += 1
     return model.requires_grad_(False)
 
@@ -51,8 +54,14 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    """What holds of the methods holds on both families."""
+    return random_model(family=request.param)
+
+
 @pytest.fixture
-def model() -> GPT:
+def gpt2() -> GPT:
     return random_model()
 
 

@@ -36,10 +36,10 @@ def main() -> None:
 
     train.target_hidden = counted
     with tempfile.TemporaryDirectory() as folder:
-        base = ["--base", f"{folder}/base", "--out", f"{folder}/base", "--device", "cpu"]
+        base = ["--base", f"{folder}/base", "--device", "cpu"]
         run = ["--batch-size", "2", "--steps", str(STEPS), "--eval-every", "1000", "--save-every", "1000"]
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(["--method", "pretrain", "--steps", "20", *base])
+            train.main(["--method", "pretrain", "--steps", "20", "--device", "cpu", "--out", f"{folder}/base"])
             train.main([*run, *base, "--out", f"{folder}/out"])
     print(f"MB after each {STEPS // ROUNDS} steps:", *(f"{megabyte:.1f}" for megabyte in megabytes))
     if megabytes[-1] > 1.01 * megabytes[0]:

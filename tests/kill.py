@@ -3,10 +3,12 @@
     python tests/kill.py            about five minutes on two cores; --moments N for fewer
 
 Half of the moments are points in time, half are touches of a file: before the n-th opening, renaming or removing below the
-working folder the process kills itself, so that saving is met at every stage. After each kill, whatever lies there must load.
+working folder the process kills itself, so that saving is met at every stage; the writer's own temporary files count, too.
+After each kill, whatever lies there must load. All that a kill may leave behind in the end are such files, `.….new`.
 """
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -16,30 +18,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
 import train  # noqa: E402
-from model import GPT  # noqa: E402
+from storage.base import load_base  # noqa: E402
+from storage.tokenizers import load_tokenizer  # noqa: E402
 
 # The run: it pretrains a base, briefly, tunes a prefix through its MLP, and leaves many checkpoints on the way
 FLAGS = "--mid-dim 4 --steps 40 --save-every 3 --eval-every 20 --batch-size 2 --device cpu --resume".split()
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-fatal, touches = int(sys.argv[2]), 0
+fatal, touches, own = int(sys.argv[2]), 0, 0
 import train
 train.RECIPES["pretrain"] = train.RECIPES["pretrain"]._replace(steps=10)
 
 def count(event, arguments):
-    global touches
+    global touches, own
     touching = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
     if touching and str(arguments[0]).startswith(("out", ".", os.getcwd())):
-        touches += 1
+        touches, own = touches + 1, own + str(arguments[0]).endswith(".new")
         if touches == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(count)
 train.main(sys.argv[3:])
-print("touches", touches)
+print(touches, own)
 """
 
 
@@ -49,27 +53,30 @@ def start(folder: Path, fatal: int = 0) -> subprocess.Popen:
 
 
 def check_what_is_there(folder: Path) -> str:
-    """-> what of base, checkpoint and adapter was found, after loading each of them."""
-    base, out = folder / "out/base", folder / "out/sentence/prefix"
-    found = []
-    data.restore(base)
-    data.restore(out)
-    if base.exists():
-        model = GPT.from_pretrained(base).freeze()
-        data.load_tokenizer(base)
-        found.append("base")
-    if (out / data.CHECKPOINT).exists():
-        with train.safe_open(out / data.CHECKPOINT, "pt") as opened:
-            found.append(f"checkpoint of step {opened.metadata()['step']}")
-    elif out.exists() and any(out.iterdir()):
-        train.load_adapters(str(out), model)
-        found.append("adapter")
+    """-> what was found, after loading it: a base, a checkpoint, an adapter, and files of the killed writer."""
+    base, out, found = folder / "out/base", folder / "out/sentence/prefix", []
+    if (base / "config.json").exists():
+        model = load_base(base).freeze()
+        load_tokenizer(base)
+        found.append("a base")
+    if (out / "checkpoint.safetensors").exists():
+        with safe_open(out / "checkpoint.safetensors", "pt") as opened:
+            found.append(f"a checkpoint of step {opened.metadata()['step']}")
+    if (out / "adapter_config.json").exists():
+        train.load_adapters(out, model)
+        found.append("an adapter")
+    found += ["a half-written file"] * len(list(folder.rglob(".*.new")))
     return ", ".join(found) or "nothing yet"
 
 
 def result(folder: Path) -> dict[str, bytes]:
-    """-> every file of the run, by its name: all must be as if nothing had happened, and none may be left over."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """-> every file of the run, by its name, but for the writer's own and the seconds that training took."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {name: path.read_bytes() for name, path in files.items() if not (path.name.startswith(".") and name.endswith(".new"))}
+    for name in found:
+        if name.endswith("training.json"):
+            found[name] = json.loads(found[name]) | {"seconds_train": 0}
+    return found
 
 
 def main() -> None:
@@ -83,8 +90,9 @@ def main() -> None:
         undisturbed.mkdir()
         begin = time.perf_counter()
         printed, _ = start(undisturbed).communicate()
-        seconds, touches, expected = time.perf_counter() - begin, int(printed.split()[-1]), result(undisturbed)
-        print(f"undisturbed: {seconds:.1f} s, {touches} touches of files, {len(expected)} files in the end")
+        seconds, expected = time.perf_counter() - begin, result(undisturbed)
+        touches, own = map(int, printed.splitlines()[-1].split())
+        print(f"undisturbed: {seconds:.1f} s, {touches} touches of files, {own} of them temporary; {len(expected)} files in the end")
         for moment in range(args.moments):
             folder = Path(temporary) / str(moment)
             folder.mkdir()

@@ -4,11 +4,13 @@ The cases are drawn anew from a seed each time; a failure prints the case, and r
 """
 
 import json
+import os
 import random
 import re
-import resource
+import runpy
 import struct
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,17 @@ import data
 import train
 from model import GPT, GPTConfig
 from prefix import Prefix
+from small_base.pretrain import train_bpe
+from small_base.process import run_command
 from soft_prompt import SoftPrompt
+from storage.base import fingerprint, load_base, save_base
+from storage.checkpoints import Checkpoint
+from storage.tokenizers import load_tokenizer, save_tokenizer
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 BLOCK = 40
 ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()", "os.abort"]
@@ -54,15 +66,21 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
     return rng.choice([content, *pieces, b"", b"[" * 10**5])
 
 
+def metadata_of(content: bytes) -> dict[str, str] | None:
+    """-> what a safetensors file says beside its tensors."""
+    return json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]).get("__metadata__")
+
+
 def changed_tensor(rng: random.Random, content: bytes) -> bytes:
     """A safetensors file of which one tensor has another dtype, shape, numbers or name, or is missing."""
     tensors = load(content)
     name = rng.choice(list(tensors))
     tensor = tensors.pop(name)
     dtype = rng.choice([torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool])
-    changed = [tensor.to(dtype), tensor[:-1], tensor[None], tensor.flatten(), tensor * torch.nan, tensor * 1e38, tensor[:0]]
-    new = rng.choice(changed).clone()
-    return save(tensors | rng.choice([{name: new}, {"other": tensor}, {"lm_head.weight": new, name: tensor}, {}]))
+    changed = [tensor.to(dtype), tensor[None], tensor.flatten(), tensor * torch.nan, tensor * 1e38]
+    new = rng.choice(changed + ([tensor[:-1], tensor[:0]] if tensor.dim() else [])).clone()
+    new = rng.choice([{name: new}, {"other": tensor}, {"lm_head.weight": new, name: tensor}, {}])
+    return save(tensors | new, metadata_of(content))
 
 
 def changed_value(rng: random.Random, content: bytes) -> bytes:
@@ -97,8 +115,8 @@ def places(tmp_path_factory) -> Path:
     """A tiny base with ten merges, and an adapter of each kind."""
     directory = tmp_path_factory.mktemp("bad")
     model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
-    model.save_pretrained(directory / "base")
-    data.save_tokenizer(directory / "base", data.train_bpe(["the cat sat on the mat"] * 9, 10))
+    save_base(model, directory / "base")
+    save_tokenizer(directory / "base", train_bpe(["the cat sat on the mat"] * 9, 10))
     Prefix.random(model, 4).save(directory / "prefix", model)
     SoftPrompt.random(model, 4).save(directory / "soft_prompt", model)
     (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
@@ -107,12 +125,23 @@ def places(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
+    """Less than a GB more than before, where the platform can tell."""
+
     def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     before = peak()
     yield
     assert peak() - before < 2**30
+
+
+@pytest.mark.parametrize("file", ["test_bad_input.py", "test_train.py"])
+def test_these_tests_are_collected_on_windows(monkeypatch, file):
+    """Which has neither of these modules, and no fork."""
+    for name in ("resource", "pwd", "fcntl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(os, "fork", raising=False)
+    assert runpy.run_path(str(Path(__file__).with_name(file)))["train"] is train
 
 
 def contents(directory: Path) -> dict[Path, bytes]:
@@ -140,7 +169,7 @@ class Watch:
 
     def note(self, event: str, arguments: tuple) -> None:
         if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.")):
-            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else arguments))
+            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments)))
 
 
 WATCH = Watch()
@@ -153,6 +182,7 @@ def check_file(places: Path, directory: str, file: str, make, use, n: int) -> No
     """
     rng, path = random.Random(f"{directory} {file}"), places / directory / file
     whole, outcomes = path.read_bytes(), set()
+    use(path.parent)  # whatever Python imports on the first time is imported now
 
     def watched() -> None:
         WATCH.on, WATCH.seen = True, set()
@@ -172,13 +202,13 @@ def check_file(places: Path, directory: str, file: str, make, use, n: int) -> No
 
 
 def use_base(directory: Path) -> None:
-    model = GPT.from_pretrained(directory).float()
+    model = load_base(directory).float()
     model(torch.zeros(1, 1, dtype=torch.long))
-    model.fingerprint()
+    fingerprint(model)
 
 
 def use_tokenizer(directory: Path) -> None:
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     said = "  a\n\x00é日本語🙂 <|endoftext|>"
     assert tokenizer.decode(data.source_ids(tokenizer, said)) == said + "\n"
 
@@ -186,7 +216,7 @@ def use_tokenizer(directory: Path) -> None:
 def test_bad_lines_of_data(places):
     """400 files of examples; those that are read come back from their ids as they were."""
     rng, path, outcomes = random.Random(0), places / "bad.jsonl", set()
-    tokenizer = data.load_tokenizer(places / "base")
+    tokenizer = load_tokenizer(places / "base")
 
     def use() -> None:
         examples = data.read_jsonl(path)
@@ -204,7 +234,7 @@ def test_bad_lines_of_data(places):
 
 @pytest.mark.parametrize("kind", ["prefix", "soft_prompt"])
 def test_bad_adapters(places, kind):
-    model = GPT.from_pretrained(places / "base")
+    model = load_base(places / "base")
 
     def use(directory: Path) -> None:
         model(random_ids(1, 3), train.load_adapters(str(directory), model)[0].past_kv(model))
@@ -225,6 +255,41 @@ def test_bad_bases(places):
     check_file(places, "base", "model.safetensors", changed_tensor, use_base, 60)
 
 
+def test_bad_checkpoints(places):
+    """Whatever is in one, a step can be made from there, or it is refused in a sentence."""
+    model, settings = load_base(places / "base"), {"steps": 3}
+
+    def fresh() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        trainee = torch.nn.ModuleList([SoftPrompt.zero(model, 2)])
+        return trainee, torch.optim.AdamW(trainee.parameters())
+
+    def step(trainee: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        trainee[0].vectors.grad = torch.ones(2, C)
+        optimizer.step()
+
+    def use(directory: Path) -> None:
+        trainee, optimizer = fresh()
+        done, curve = Checkpoint(directory / "checkpoint.safetensors", settings, True).load(trainee, optimizer)
+        list(islice([], done, None))  # as training goes on there
+        assert f"{curve[-1][1]:.3f}" and trainee[0].vectors.shape == (2, C)
+        step(trainee, optimizer)
+
+    def changed_metadata(rng: random.Random, content: bytes) -> bytes:
+        metadata = metadata_of(content)
+        key = rng.choice(list(metadata))
+        values = ["null", "[]", "{}", "0.5", '"2"', "[[]]", "[[0]]", "[[0, 1, 2]]", '[["a", 1]]', "[" * 10**4, "", "\x1b🙂", None]
+        value = rng.choice(values) if rng.random() < 0.5 else json.dumps(anything(rng))
+        return save(load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None})
+
+    trainee, optimizer = fresh()
+    step(trainee, optimizer)
+    (places / "run").mkdir()
+    Checkpoint(places / "run" / "checkpoint.safetensors", settings, False).save(trainee, optimizer, 1, [(0, 1.0)])
+    check_file(places, "run", "checkpoint.safetensors", damaged, use, 50)
+    check_file(places, "run", "checkpoint.safetensors", changed_tensor, use, 100)
+    check_file(places, "run", "checkpoint.safetensors", changed_metadata, use, 100)
+
+
 def test_bad_tokenizers(places):
     check_file(places, "base", "vocab.json", changed_value, use_tokenizer, 100)
     check_file(places, "base", "vocab.json", damaged, use_tokenizer, 50)
@@ -240,12 +305,12 @@ def flags(capsys) -> list[str]:
 
 
 def exits(action) -> None:
-    """What argparse refuses, with exit status 2 and a sentence of its own, is refused like anything else."""
+    """As the command does it: what is refused, by argparse or by us, ends with status 2 and a sentence."""
     try:
-        action()
+        run_command(action)
     except SystemExit as error:
         assert error.code == 2
-        raise ValueError("argparse has printed the sentence") from None
+        raise ValueError("the sentence has been printed") from None
 
 
 def test_bad_flags(places, capsys):

@@ -3,22 +3,25 @@
 Both sides get the same random weights, in float64 where nothing else is said, and agree to rounding.
 """
 
+import json
 import random
 import warnings
 
 import pytest
 import torch
-from common import gradients
 from conftest import BLOCK, C, D, H, L, V, random_ids
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
-import data
 import train
+from data import Row, batch_of, source_ids
 from model import GPT, GPTConfig
 from prefix import Prefix
+from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
+from storage.base import load_base, save_base
+from storage.tokenizers import END_OF_TEXT, load_tokenizer, save_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers, a peer, is not installed: see tests/requirements.txt")
 peft = pytest.importorskip("peft", reason="PEFT, a peer, is not installed: see tests/requirements.txt")
@@ -41,7 +44,7 @@ SHAPES = {"prefix": (P, L, 2, H, D), "soft prompt": (P, C)}  # of our parameters
 def random_rows(seed=0):
     """-> three examples of unequal length, so that a batch of them is padded."""
     ids = random_ids(24, seed=seed).tolist()
-    return [data.Row(ids[:5], ids[5:9]), data.Row(ids[9:11], ids[11:17]), data.Row(ids[17:23], ids[23:])]
+    return [Row(ids[:5], ids[5:9]), Row(ids[9:11], ids[11:17]), Row(ids[17:23], ids[23:])]
 
 
 def randomised(model):
@@ -59,7 +62,7 @@ def peer_base(directory, n_layer=L, n_head=H, n_embd=C, n_positions=BLOCK, dtype
     config = transformers.GPT2Config(**sizes, layer_norm_epsilon=1e-3, bos_token_id=None, eos_token_id=None)
     peer = randomised(transformers.GPT2LMHeadModel(config)).eval().to(dtype)
     (peer.transformer if saved_as == "GPT2Model" else peer).save_pretrained(directory)
-    return peer, GPT.from_pretrained(directory).freeze()
+    return peer, load_base(directory).freeze()
 
 
 def peer_adapter(peer, name):
@@ -78,6 +81,12 @@ def same_adapters(directory, name):
 
 def weight_of(theirs):
     return theirs.prompt_encoder["default"].embedding.weight
+
+
+def backward(model, adapter, rows):
+    """The gradients of our loss on one batch."""
+    batch = batch_of(rows, model.device)
+    train.loss_of(model, batch, adapter.past_kv(model), sum(len(row.target) for row in rows)).backward()
 
 
 def their_loss(peer, rows):
@@ -129,7 +138,7 @@ def test_every_naming_of_keys_loads(tmp_path, keys):
             tensors[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, BLOCK, BLOCK).tril()
             tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, path, metadata={"format": "pt"})
-    assert_same(GPT.from_pretrained(tmp_path), peer)
+    assert_same(load_base(tmp_path), peer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,14 +152,13 @@ def test_a_base_loads_in_the_dtype_of_its_file(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_base_from_here_loads_in_transformers(tmp_path, dtype):
     """No weight is missing or left over there, the dtype, the end of text and the logits are the same."""
-    merges = data.train_bpe(["to be or not to be"], n_merges=50)
+    merges = train_bpe(["to be or not to be"], n_merges=50)
     model = randomised(GPT(GPTConfig(256 + len(merges) + 1, BLOCK, L, H, C, layer_norm_epsilon=1e-3))).to(dtype)
-    with data.replaced_directory(tmp_path / "base") as new:
-        model.save_pretrained(new)
-        data.save_tokenizer(new, merges)
+    save_base(model, tmp_path / "base")
+    save_tokenizer(tmp_path / "base", merges)
     peer, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert not any(info.values()) and peer.dtype == dtype
-    ours, theirs = data.load_tokenizer(tmp_path / "base"), transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    ours, theirs = load_tokenizer(tmp_path / "base"), transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
     assert ours.eot_token == theirs.eos_token_id == peer.generation_config.eos_token_id
     assert_same(model.double(), peer.eval().double())
 
@@ -165,8 +173,10 @@ don't I'll we've DON'T they'd' ‘it’s’ __init__ a=b!=c ....!!!??? naïve ca
 @pytest.fixture
 def tokenizers(tmp_path):
     """Ours and transformers', of the same vocab.json and merges.txt: each word of the page is a token, so its splits show."""
-    data.save_tokenizer(tmp_path, data.train_bpe([PAGE, PAGE], n_merges=2000))
-    return data.load_tokenizer(tmp_path), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    merges = train_bpe([PAGE, PAGE], n_merges=2000)
+    save_tokenizer(tmp_path, merges)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 257 + len(merges)}))
+    return load_tokenizer(tmp_path), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
 
 
 def test_the_tokenizer_gives_the_same_ids(tokenizers):
@@ -183,8 +193,8 @@ def test_the_tokenizer_gives_the_same_ids(tokenizers):
 def test_a_special_token_in_a_text_is_text(tokenizers):
     """What a user writes never ends a document here; there, it takes split_special_tokens."""
     ours, theirs = tokenizers
-    text = f"a{data.END_OF_TEXT} b {data.END_OF_TEXT}"
-    assert data.source_ids(ours, text) == theirs(text, split_special_tokens=True)["input_ids"] + theirs("\n")["input_ids"]
+    text = f"a{END_OF_TEXT} b {END_OF_TEXT}"
+    assert source_ids(ours, text) == theirs(text, split_special_tokens=True)["input_ids"] + theirs("\n")["input_ids"]
     assert theirs(text)["input_ids"].count(ours.eot_token) == 2 and ours.eot_token not in ours.encode_ordinary(text)
 
 
@@ -195,7 +205,7 @@ def test_a_special_token_in_a_text_is_text(tokenizers):
 def test_gradients_equal_pefts(tmp_path, name):
     """One batch, one loss: every number of the adapter has the same gradient, to the float32 of the loss."""
     model, ours, theirs = same_adapters(tmp_path, name)
-    gradients(model, [ours], data.batch_of(random_rows(), model.device))
+    backward(model, ours, random_rows())
     their_loss(theirs, random_rows()).backward()
     (got,) = (parameter.grad for parameter in ours.parameters())
     assert_close(got.flatten(1), weight_of(theirs).grad, rtol=1e-5, atol=1e-8)
@@ -208,14 +218,14 @@ def test_ten_steps_of_training_equal_pefts(tmp_path, name):
     model, ours, theirs = same_adapters(tmp_path, name)
     start = weight_of(theirs).clone()
     sides = {
-        ours: lambda rows: gradients(model, [ours], data.batch_of(rows, model.device)),
+        ours: lambda rows: backward(model, ours, rows),
         theirs: lambda rows: their_loss(theirs, rows).backward(),
     }
-    for side, backward in sides.items():
+    for side, compute_gradients in sides.items():
         optimizer = torch.optim.AdamW([p for p in side.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0)
         for step in range(10):
             optimizer.zero_grad()
-            backward(random_rows(seed=step))
+            compute_gradients(random_rows(seed=step))
             optimizer.step()
     (got,) = ours.parameters()
     assert_close(got.flatten(1), weight_of(theirs), rtol=0, atol=1e-5)

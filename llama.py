@@ -1,0 +1,113 @@
+"""The Llama family behind the hooks of model.py: Llama 2 and 3, SmolLM2, Qwen2 and Qwen3.
+
+What differs from GPT-2, and nothing else does: positions turn queries and keys instead of being added to the input, so
+keys enter the cache turned; several heads of queries share keys and values; RMSNorm for LayerNorm; SwiGLU for the MLP.
+A prefix learns keys as they are in the cache, so what prefix.py needs to know is `kv_shape`.
+
+Symbols: those of model.py, and K for n_kv_head, the heads of keys and values.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import KV, Block, Decoder, attend, behind
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_inner: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    rope_scaling: tuple[float, float, float, int] | None = None  # Llama 3: factor, low and high frequency, first context
+    tied: bool = True  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+
+
+def rates(config: LlamaConfig, device: torch.device) -> Tensor:
+    """-> (D/2,) radians that each pair of a head turns a position: 1 for the first, 1/theta or so for the last."""
+    turns = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    if config.rope_scaling:  # Llama 3 slows what turns seldom down by `factor`, leaves what turns often, and blends between
+        factor, low, high, first_context = config.rope_scaling
+        often = ((first_context * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        turns = (1 - often) * turns / factor + often * turns
+    return turns
+
+
+def rotate(x: Tensor, n_past: int, rates: Tensor) -> Tensor:
+    """(B, heads, T, D) -> the same, each pair (i, i + D/2) turned by (P + t) · rates[i], in float32 (Su et al. 2021)."""
+    positions = torch.arange(n_past, n_past + x.size(2), device=x.device).float()
+    angles = torch.outer(positions, rates)  # (T, D/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        c, self.config = config, config
+        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, past: KV | None) -> tuple[Tensor, KV]:
+        """(B, T, C) -> (B, T, C), and the (turned keys, values) of past and new positions, (B, K, S, D) each."""
+        n_past, turns = past[0].size(2) if past else 0, rates(self.config, x.device)
+        q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        k, v = behind(past, rotate(k, n_past, turns), v)  # (B, K, S, D)
+        y = attend(rotate(q, n_past, turns), k, v)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(Block):
+    def __init__(self, config: LlamaConfig):
+        nn.Module.__init__(self)  # with other parts than GPT-2's; the forward pass is the same
+        self.ln_1 = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.attn = Attention(config)
+        self.ln_2 = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+
+class Llama(Decoder):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
+    def kv_shape(self, n_virtual: int) -> tuple[int, ...]:
+        return n_virtual, self.config.n_layer, 2, self.config.n_kv_head, self.config.head_dim

@@ -1,0 +1,341 @@
+"""The Llama family: what transformers and PEFT compute on it, this project computes too, on miniatures of random weights.
+
+transformers takes norms and rotations in float32 whatever the dtype, so float64 agrees to float32's digits, no further.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import train
+from data import Row, batch_of
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+from storage.base import load_base, save_base
+from storage.hub import HUB_REPOS, base_directory
+from storage.tokenizers import load_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers, a peer, is not installed: see tests/requirements.txt")
+peft = pytest.importorskip("peft", reason="PEFT, a peer, is not installed: see tests/requirements.txt")
+tokenizers = pytest.importorskip("tokenizers")
+pytestmark = [  # what the peers say to each other
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+
+V, P, T, NEW = 61, 4, 7, 20
+SIZES = {
+    "vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 16}
+KINDS = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "llama 3": (transformers.LlamaConfig, {"tie_word_embeddings": False, "rope_parameters": LLAMA_3}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True, "head_dim": 4}),
+    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": False, "head_dim": 16}),
+}
+
+
+def peer_base(directory, kind="llama", dtype=torch.float64, **save):
+    """-> transformers' model of random weights, attention far from uniform, and ours, read from where it was saved."""
+    config, own = KINDS[kind]
+    peer = transformers.AutoModelForCausalLM.from_config(config(**SIZES | own)).eval().to(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in peer.requires_grad_(False).named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(float("norm" in name) + (0.3 if parameter.dim() == 2 else 0.1) * noise)
+    peer.to(dtype).save_pretrained(directory, **save)
+    return peer, load_base(directory).freeze()
+
+
+def random_rows(n=3):
+    ids = random_ids(8 * n).tolist()
+    return [Row(ids[8 * i : 8 * i + 2 + i], ids[8 * i + 2 + i : 8 * i + 8]) for i in range(n)]
+
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_transformers_gives_the_same_here(tmp_path, kind, dtype):
+    """Logits, the gradient at the input, greedy tokens."""
+    peer, model = peer_base(tmp_path, kind, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    idx, tolerance = random_ids(3, T), TOLERANCE[dtype]
+    x, theirs = (model.wte(idx).clone().requires_grad_() for _ in range(2))
+    logits, expected = model.forward_embeddings(x)[0] @ model.head.T, peer(inputs_embeds=theirs).logits
+    assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+    for value in (logits, expected):
+        value.logsumexp(dim=-1).sum().backward()
+    assert_close(x.grad, theirs.grad, rtol=10 * tolerance, atol=10 * tolerance)
+    answer = peer.generate(input_ids=idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW, do_sample=False)
+    assert model.generate(idx, NEW).tolist() == answer.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_in_two_parts_equals_reading_at_once(tmp_path, kind):
+    """The keys of the past are turned once, by where they stood."""
+    _, model = peer_base(tmp_path, kind)
+    idx = random_ids(2, 9)
+    whole, whole_cache = model(idx)
+    rest, cache = model(idx[:, 4:], model(idx[:, :4])[1])
+    assert_close(rest, whole[:, 4:], rtol=1e-9, atol=1e-9)
+    assert_close(cache, whole_cache, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["prefix", "soft prompt"])
+def test_adapters_go_both_ways_between_here_and_peft(tmp_path, kind, method):
+    """The same logits and greedy tokens, whoever made it: a prefix has the heads of keys and values, which are fewer."""
+    peer, model = peer_base(tmp_path / "base", kind, torch.float32)
+    ours, config = {"prefix": (Prefix, peft.PrefixTuningConfig), "soft prompt": (SoftPrompt, peft.PromptTuningConfig)}[method]
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(peer, config(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = ours.load(tmp_path / "theirs", model)
+    assert_same(model, adapter, theirs)
+    for parameter in adapter.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape)
+    adapter.save(tmp_path / "ours", model)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert_same(model, adapter, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
+
+
+def assert_same(model, adapter, theirs):
+    past_kv = adapter.past_kv(model)
+    idx = random_ids(1, T)
+    with torch.no_grad():
+        assert_close(model(idx, past_kv)[0], theirs(input_ids=idx).logits[:, -T:], rtol=2e-5, atol=2e-5)
+    answer = theirs.generate(input_ids=idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW, do_sample=False)
+    assert model.generate(idx, NEW, past_kv).tolist() == answer.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_load_as_one_file_does(tmp_path, kind):
+    """model.safetensors.index.json says which tensor is where; a name that leaves the directory is refused."""
+    _, model = peer_base(tmp_path / "one", kind)
+    peer_base(tmp_path / "many", kind, max_shard_size="20KB")
+    assert not (tmp_path / "many" / "model.safetensors").exists()
+    assert_close(load_base(tmp_path / "many").state_dict(), model.state_dict(), rtol=0, atol=0)
+    index = tmp_path / "many" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../one/model.safetensors"}}))
+    with pytest.raises(ValueError, match="no weight_map of file names"):
+        load_base(tmp_path / "many")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tuned_model_is_saved_as_it_came(tmp_path, kind):
+    """Under Hugging Face's names, with the base's own config, and back the same to the bit; transformers loads it too."""
+    peer, model = peer_base(tmp_path / "base", kind, torch.float32)
+    save_base(model, tmp_path / "tuned", json.loads((tmp_path / "base" / "config.json").read_text()))
+    assert_close(load_base(tmp_path / "tuned").state_dict(), model.state_dict(), rtol=0, atol=0)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert_close(again(random_ids(1, T)).logits, peer(random_ids(1, T)).logits)
+
+
+@pytest.mark.parametrize("method", [Prefix, SoftPrompt])
+def test_ten_steps_of_training_lower_the_loss_and_leave_the_base(tmp_path, method):
+    _, model = peer_base(tmp_path, "llama 3", torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter, rows = method.text(model, random_ids(P)), random_rows()
+    plan = train.Plan(steps=10, lr=0.1, batch_size=3, seed=0, eval_every=10, save_every=10)
+    curve = train.tune(model, [adapter], {"train": rows, "validation": rows}, plan)
+    assert curve[-1][1] < 0.9 * curve[0][1]
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_gradient_of_a_prefix_in_bfloat16_is_that_in_float64(tmp_path):
+    """To 5 % of its largest number, with the groups of queries that the written-out attention has."""
+    _, model = peer_base(tmp_path)
+    prefix, gradients = Prefix.text(model, random_ids(P)), []
+    for dtype in (torch.float64, torch.bfloat16):
+        same = model.to(dtype)
+        prefix.zero_grad()
+        train.loss_of(same, batch_of(random_rows(), same.device), prefix.past_kv(same), n_targets=10).backward()
+        gradients.append(prefix.start.grad)
+    assert (gradients[1] - gradients[0]).abs().max() < 0.05 * gradients[0].abs().max()
+
+
+# ------------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'; only gpt2, llama, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotation .*yarn.* is not known here"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rotation .* is not known here"),
+        ({"num_key_value_heads": 4}, "do not divide into heads"),
+        ({"head_dim": 7}, "do not divide into heads"),
+        ({"hidden_size": "24"}, "are not a Llama's"),
+        ({"hidden_size": 48}, "config.json asks for"),
+        ({"tie_word_embeddings": False}, "the weights have no lm_head.weight"),
+    ],
+)
+def test_another_architecture_is_refused_by_name(tmp_path, changes, message):
+    peer_base(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        load_base(tmp_path)
+
+
+def test_a_head_that_should_be_tied_and_is_not_is_refused(tmp_path):
+    peer_base(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        load_base(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+LLAMA_3_SPLITS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHARACTERS = "abc XYZ019  \n\t\r.,!?'`-_()éßñe\u0301日本한🙂👍½²٣\u200b\xa0ΔжstVEllmd<|>"
+
+
+def trained_tokenizer(directory, splits, normalizer=None, end="<|end|>"):
+    """A byte-level BPE that Hugging Face's library trains and saves, and the config that goes with it."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.normalizer = splits, normalizer
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|pad|>", "<|endoftext|>", end]  # the first ids, so that none is «the last»
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(CHARACTERS, k=30)) for _ in range(500)]
+    tokenizer.train_from_iterator(texts, trainer)
+    directory.mkdir(exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 600, "eos_token_id": [2, 1]}))
+    return tokenizer
+
+
+def split_by(pattern):
+    pre = tokenizers.pre_tokenizers
+    split = pre.Split(tokenizers.Regex(pattern), "isolated", invert=False)
+    return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+SPLITS = {
+    "GPT-2": lambda pre: pre.ByteLevel(add_prefix_space=False),
+    "SmolLM2": lambda pre: pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
+    "Llama 3": lambda pre: split_by(LLAMA_3_SPLITS),
+    "Qwen": lambda pre: split_by(LLAMA_3_SPLITS.replace(r"\p{N}{1,3}", r"\p{N}")),
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_a_tokenizer_gives_the_ids_of_hugging_faces(tmp_path, kind):
+    """On 20,000 random strings; Qwen's composes accents first. The end of text is the config's first, wherever its id is."""
+    normalizer = tokenizers.normalizers.NFC() if kind == "Qwen" else None
+    theirs = trained_tokenizer(tmp_path, SPLITS[kind](tokenizers.pre_tokenizers), normalizer)
+    ours, rng = load_tokenizer(tmp_path), random.Random(1)
+    texts = ["".join(rng.choices(CHARACTERS, k=rng.randint(0, 40))) for _ in range(20_000)]
+    expected = [found.ids for found in theirs.encode_batch([text for text in texts], add_special_tokens=False)]
+    plain = [i for i, text in enumerate(texts) if "<|" not in text]  # what looks like a special token is one there
+    assert [ours.encode_ordinary(texts[i]) for i in plain] == [expected[i] for i in plain]
+    assert ours.eot_token == 2 and ours.n_vocab == 600
+    assert ours.decode(ours.encode_ordinary("abc 019")) == "abc 019"
+
+
+def test_a_byte_that_the_vocabulary_lacks_gets_a_sentence(tmp_path):
+    trained_tokenizer(tmp_path, SPLITS["Llama 3"](None))
+    path = tmp_path / "tokenizer.json"
+    found = json.loads(path.read_text())
+    ids = {token: i for token, i in found["model"]["vocab"].items() if token != "Q"}
+    found["model"]["vocab"], found["model"]["merges"] = ids, [pair for pair in found["model"]["merges"] if "Q" not in "".join(pair)]
+    path.write_text(json.dumps(found))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_ordinary("abc")) == "abc"
+    with pytest.raises(ValueError, match="lacks the byte 0x51, which is in 'a Q'"):
+        tokenizer.encode_ordinary("a Q")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda found: found["model"]["merges"].reverse(), "splits texts in a way"),
+        (lambda found: found["pre_tokenizer"].update(type="Metaspace"), "splits texts in a way|no byte-level BPE"),
+        (lambda found: found.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+        (lambda found: found["added_tokens"].clear(), "no byte-level BPE whose end of text is"),
+        (lambda found: found.pop("model"), "no byte-level BPE"),
+        (lambda found: found["model"].update(vocab={"日": 0}), "no byte-level BPE"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
+    trained_tokenizer(tmp_path, SPLITS["GPT-2"](tokenizers.pre_tokenizers))
+    path = tmp_path / "tokenizer.json"
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------- the hub
+
+
+def test_a_name_on_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
+    """config, tokenizer and weights, in shards where there is no single file; offline, a sentence says what to put where."""
+    served = {"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}", "a.safetensors": "x", "b.safetensors": "y"}
+    served["model.safetensors.index.json"] = json.dumps({"weight_map": {"p": "b.safetensors", "q": "a.safetensors"}})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def urlopen(url):
+        asked.append(url.removeprefix("https://huggingface.co/someone/Tiny-1.5/resolve/main/"))
+        if asked[-1] not in served:
+            raise storage_base.urllib.error.HTTPError(url, 404, "Not Found", {}, None)
+        path = tmp_path / "served"
+        path.write_text(served[asked[-1]])
+        answer = open(path, "rb")
+        return Answer(answer)
+
+    class Answer:
+        length = 0
+
+        def __init__(self, file):
+            self.read = file.read
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    import storage.hub as storage_base
+
+    monkeypatch.setattr(storage_base.urllib.request, "urlopen", urlopen)
+    directory = base_directory("someone/Tiny-1.5")
+    assert directory == tmp_path / "prefix-tuning" / "someone--Tiny-1.5"
+    assert asked == ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors", "b.safetensors"]
+    assert {path.name for path in directory.iterdir()} == {*served}
+    asked.clear()
+    assert base_directory("someone/Tiny-1.5") == directory and not asked
+
+    def offline(url):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(storage_base.urllib.request, "urlopen", offline)
+    with pytest.raises(ValueError, match="nobody/x is no directory here, and cannot be downloaded .no route.* put config.json, .* into"):
+        base_directory("nobody/x")
+    assert base_directory(str(tmp_path)) == tmp_path and base_directory("a/b/c") == Path("a/b/c") and "gpt2" in HUB_REPOS
