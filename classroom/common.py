@@ -1,30 +1,35 @@
 """What the scripts here share: the path to the project, attention made visible, the runs of an experiment, JSON and figures."""
 
 import argparse
-import atexit
 import contextlib
 import copy
 import io
 import json
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import tiktoken  # noqa: E402
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import data  # noqa: E402
-import train  # noqa: E402, F401  (it makes the sums of torch reproducible)
-from model import GPT, KVCache, causal_mask, rows_of  # noqa: E402, F401
-from prefix import Prefix  # noqa: E402, F401
-from soft_prompt import SoftPrompt  # noqa: E402, F401
+import train  # noqa: E402
+from model import GPT, Decoder, KVCache, causal_mask  # noqa: E402
+from small_base.pretrain import pretrain  # noqa: E402
+from small_base.process import pick_device, say, start_process  # noqa: E402
+from storage.base import load_base  # noqa: E402
+from storage.files import replace_file  # noqa: E402
+from storage.tokenizers import load_tokenizer  # noqa: E402
+
+NAMES = {"none": "frozen base", "soft_prompt": "soft prompt", "prefix": "prefix", "both": "prefix + soft prompt"}
+NAMES["full"] = "full fine-tuning"
+RESULTS, QUICK = Path(__file__).parent / "results", Path("out/quick")
 
 
 def attention(model: GPT, idx: Tensor, past_kv: KVCache | None = None) -> Tensor:
@@ -55,20 +60,20 @@ def moved(model: GPT, n: int) -> GPT:
     return model
 
 
-def gradients(model: GPT, adapters: list[torch.nn.Module], batch: data.Batch) -> Tensor:
-    """-> the mean loss over the targets of a batch; its gradients are computed, by the lines that train.tune has."""
-    hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
-    return train.backward(model, hidden, targets, len(targets))
+def forward(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Tensor:
+    """-> the mean loss over the targets of a batch, by the line that train.tune has."""
+    n_targets = int((batch.targets != data.IGNORE).sum())
+    return train.loss_of(model, batch, train.stacked_past_kv(adapters, model), n_targets)
 
 
-def forward(model: GPT, adapters: list[torch.nn.Module], batch: data.Batch) -> tuple[Tensor, Tensor]:
-    """-> hidden states at the target positions, and the loss of the first part of them: when a training step holds most."""
-    hidden, targets = train.target_hidden(model, batch, train.stacked_past_kv(adapters, model))
-    logits, ids = next(train.logits_in_parts(model, hidden, targets))
-    return hidden, torch.nn.functional.cross_entropy(logits, ids)
+def gradients(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Tensor:
+    """-> the same, its gradients computed."""
+    loss = forward(model, adapters, batch)
+    loss.backward()
+    return loss
 
 
-def kept_for_backward(model: GPT, compute: Callable[[], object]) -> int:
+def kept_for_backward(model: Decoder, compute: Callable[[], object]) -> int:
     """-> the bytes that autograd keeps from a forward pass until the backward pass, the model's own weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -101,9 +106,16 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}" + (f" [{low}–{high}]" if low != high else "")
 
 
-def write_json(path: Path, found: Any) -> None:
-    with data.replaced_file(path) as new:
-        new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """One key a line, and one run a line: so the file can be read, and a change shows as the lines that changed."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(f"  {json.dumps(entry, ensure_ascii=False)}" for entry in value) + "\n ]"
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in found.items())
+    replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
 def figure(path: Path, draw: Callable[[Any], None], columns: int, rows: int = 1) -> None:
@@ -111,13 +123,13 @@ def figure(path: Path, draw: Callable[[Any], None], columns: int, rows: int = 1)
     try:
         from matplotlib import pyplot
     except ImportError:
-        print(f"no figure: pip install -r {Path(__file__).parent / 'requirements.txt'} for {path}")
+        say(f"no figure: pip install -r {Path(__file__).parent / 'requirements.txt'} for {path}")
         return
     figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     draw(axes)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
-    print(f"figure: {path}")
+    say(f"figure: {path}")
 
 
 def band(axis: Any, xs: list[float], columns: list[list[float]], label: str) -> None:
@@ -126,68 +138,98 @@ def band(axis: Any, xs: list[float], columns: list[list[float]], label: str) -> 
     axis.fill_between(xs, list(map(min, columns)), list(map(max, columns)), color=line.get_color(), alpha=0.2)
 
 
-class Experiment:
-    """The command line of an experiment, its runs, and its report: a table, a JSON file and a figure.
+def ready(base: str | Path, device: torch.device) -> None:
+    """Makes the small base where it is asked for and not there, as train.py does."""
+    if Path(base) == train.DEFAULT_BASE and not (train.DEFAULT_BASE / "config.json").exists():
+        recipe = train.RECIPES["pretrain"]
+        pretrain(train.DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
 
-    What train.py understands goes to every run, except what the experiment itself varies.
-    """
+
+class Run(NamedTuple):
+    """A training, ready to go or done, on a base of its own."""
+
+    model: Decoder
+    adapters: list[nn.Module]
+    rows: dict[str, list[data.Row]]
+    plan: train.Plan
+    start: float = 0.0  # validation loss before the first step
+    loss: float = 0.0  # and after the last
+
+
+def prepared(
+    base: str | Path, device: torch.device, examples: dict[str, list[data.Example]], method: str, seed: int,
+    n_virtual: int | None = None, init: str = "text", lr: float | None = None, steps: int | None = None, batch_size: int = 16,
+    looks: int = 1,
+) -> Run:  # fmt: skip
+    """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
+    recipe, tokenizer = train.RECIPES[method], load_tokenizer(base)
+    model = load_base(base).to(device).requires_grad_(method == "full")
+    rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
+    P, steps = n_virtual or recipe.n_virtual, steps or recipe.steps
+    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, init, seed=seed)
+    for split in rows:
+        data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
+    every = max(1, steps // looks)
+    return Run(model, adapters, rows, train.Plan(steps, lr or recipe.lr, batch_size, seed, every, every))
+
+
+class Experiment:
+    """The command line of an experiment, its runs, and its report: a JSON file, a table and a figure."""
 
     def __init__(self, file: str, doc: str, argv: list[str] | None):
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--quick", action="store_true", help="two steps, one seed, a grid of two: only shows that it runs")
-        parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
-        parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="(default: classroom/results)")
-        self.args, self.flags = parser.parse_known_args(argv)
+        add = parser.add_argument
+        add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
+        add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+        add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
+        add("--seeds", type=int, default=3, help="(default: 3)")
+        add("--out", type=Path, help=f"(default: classroom/results; with --quick {QUICK})")
+        self.args = parser.parse_args(argv)
+        self.out = self.args.out or (QUICK if self.args.quick else RESULTS)
         if self.args.seeds < 1:
             raise ValueError(f"--seeds {self.args.seeds}: give 1 or more")
+        if self.args.quick and self.out.resolve() == RESULTS.resolve():
+            raise ValueError(f"--quick measures nothing, and {self.out} holds what was measured: name another --out")
         self.name, self.question = Path(file).stem, doc.split("\n")[0]
         self.command = " ".join(["python", f"classroom/{self.name}.py", *(sys.argv[1:] if argv is None else argv)])
         self.seeds = range(1 if self.args.quick else self.args.seeds)
         self.at_most = 10 if self.args.quick else None  # rows of a split
         self.runs: list[dict[str, Any]] = []  # what was measured, seed by seed
-        self.folder, self.begin = Path(tempfile.mkdtemp()), time.perf_counter()
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
-        train.make_base(self.parse())
+        start_process()
+        self.begin, self.device = time.perf_counter(), pick_device(self.args.device)
+        ready(self.args.base, self.device)
 
     def grid(self, values: list) -> list:
         return values[:2] if self.args.quick else values
 
-    def parse(self, *own: Any) -> argparse.Namespace:
-        """-> the settings of a run: the experiment's own flags last, so that they hold."""
-        return train.parse([*self.flags, *map(str, own), *(["--steps", "2"] if self.args.quick else [])])
+    def steps(self, steps: int) -> int:
+        return 2 if self.args.quick else steps
 
-    def tuned(self, *own: Any, seed: int) -> tuple[train.Run, list[tuple[int, float]]]:
-        """-> a run after its training, and its validation loss at the start and at the end."""
-        args = self.parse(*own, "--seed", seed)
-        args.out, args.eval_every, args.save_every = self.folder / "run", args.steps, args.steps
-        run = train.prepare(args, *train.load_base(args))
-        run = run._replace(rows={split: rows[: self.at_most] for split, rows in run.rows.items()})
+    def load(self, base: str | Path | None = None) -> tuple[tiktoken.Encoding, Decoder]:
+        base = base or self.args.base
+        return load_tokenizer(base), load_base(base).to(self.device).freeze()
+
+    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = None, steps: int = 0, **own: Any) -> Run:
+        """-> a run after its training, on 1000 examples of a task if no others are given."""
+        examples = examples or train.load_examples(task, None, None, seed)
+        examples = {split: some[: self.at_most] for split, some in examples.items()}
+        steps = self.steps(steps or train.RECIPES[method].steps)
+        run = prepared(base or self.args.base, self.device, examples, method, seed, steps=steps, **own)
         with contextlib.redirect_stdout(io.StringIO()):
-            curve = train.tune(run, args)
-        seconds = time.perf_counter() - self.begin
-        what = f"{run.task}, {args.method} of {args.n_virtual}, {len(run.rows['train'])} examples, rate {args.lr:g}, seed {seed}"
-        print(f"{seconds:4.0f} s  {what}: validation loss {curve[0][1]:.3f} -> {curve[-1][1]:.4f}", flush=True)
-        return run, curve
-
-    def examples(self, task: str, n: int, subset: int) -> list[str]:
-        """-> the flags for n training examples of an embedded task, and 200 of its validation split."""
-        flags = []
-        for flag, split, size, seed in [("--data", "train", n, subset), ("--val-data", "validation", 200, 0)]:
-            path = self.folder / split / f"{task}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            lines = [json.dumps(example._asdict()) for example in data.task_examples(task, split, size, seed)]
-            path.write_text("\n".join(lines), encoding="utf-8")
-            flags += [flag, str(path)]
-        return flags
+            (_, start), *_, (_, loss) = train.tune(run.model, run.adapters, run.rows, run.plan)
+        seconds, settings = time.perf_counter() - self.begin, "".join(f", {key} {value}" for key, value in own.items())
+        what = f"{task}, {method}{settings}, {len(examples['train'])} examples, seed {seed}"
+        say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
+        return run._replace(start=start, loss=loss)
 
     def measured(self, key: str, **where: Any) -> list[Any]:
         """-> one measured value of those runs that agree with `where`, a value a seed."""
         return [run[key] for run in self.runs if all(run[name] == value for name, value in where.items())]
 
     def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], *grid: int) -> None:
-        """Prints the table, writes it and the runs to NAME.json, and draws NAME.png, a grid of (columns, rows) panels."""
-        print(f"\n{self.question}\n\n{markdown(header, rows)}")
+        """Writes the table and the runs to NAME.json, prints the table, draws NAME.png, a grid of (columns, rows) panels."""
         found = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
         found |= {"seconds": round(time.perf_counter() - self.begin), "table": [dict(zip(header, row)) for row in rows]}
-        write_json(self.args.out / f"{self.name}.json", found | {"runs": self.runs})
-        figure(self.args.out / f"{self.name}.png", draw, *grid)
+        write_json(self.out / f"{self.name}.json", found | {"runs": self.runs})
+        say(f"\n{self.question}\n\n{markdown(header, rows)}")
+        figure(self.out / f"{self.name}.png", draw, *grid)

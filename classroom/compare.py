@@ -1,7 +1,7 @@
 """Which method for your task? Parameters, memory, time and quality of each, measured on your task, base and machine.
 
     python classroom/compare.py                                  four embedded tasks, three seeds
-    python classroom/compare.py --data mine.jsonl --base gpt2    yours; what train.py understands goes to every run
+    python classroom/compare.py --data mine.jsonl --base gpt2    yours
 
 Every method trains at its own learning rate: three rates a factor of three apart are tried on the validation data of the
 first seed, and further ones while the outermost is the best. The test data are looked at once, after that. Without
@@ -12,47 +12,41 @@ compare.md (the table) and, with matplotlib, compare.png (the curves of validati
 
 import argparse
 import contextlib
+import hashlib
 import io
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import (
-    KVCache,
-    band,
-    data,
-    figure,
-    finish,
-    forward,
-    gradients,
-    kept_for_backward,
-    markdown,
-    rows_of,
-    spread,
-    train,
-    write_json,
-)
+from common import NAMES, Run, band, figure, finish, forward, gradients, kept_for_backward, load_base, markdown, prepared, ready
+from common import spread, write_json
 
-NAMES = {
-    "none": "frozen base",
-    "soft_prompt": "soft prompt",
-    "prefix": "prefix",
-    "both": "prefix + soft prompt",
-    "full": "full fine-tuning",
-}
+import train
+from data import Row, batch_of
+from model import Decoder, KVCache, rows_of
+from small_base.process import pick_device, run_command, say, start_process
+from small_base.world import TASKS
+from storage.base import fingerprint
+from storage.checkpoints import Checkpoint
+from storage.files import read_json, replace_file
+from train import evaluate, load_adapters, share, stacked_past_kv
+
+METHODS = list(NAMES)[1:]
 # A simple and a complex elicited task, a recombined one, and a new one, for which every method has four times the steps
-TASKS = {"sentiment": [], "sentence": [], "chat": [], "shifted": ["--steps", "600"]}
+DEFAULT_TASKS, STEPS = ["sentiment", "sentence", "chat", "shifted"], {"shifted": 600}
 
 
-def load(flags: list[str], method: str, seed: int, lr: float | None = None) -> tuple[train.Run, argparse.Namespace]:
-    """-> a run that is ready to be tuned, on a base of its own, and its settings."""
-    args = train.parse([*flags, "--method", method, "--seed", str(seed), *(["--lr", f"{lr:.2g}"] if lr else []), "--resume"])
-    args.eval_every = max(1, args.steps // 15)
-    args.out = None
-    return train.prepare(args, *train.load_base(args)), args
+class Task(NamedTuple):
+    """What all methods are compared on."""
+
+    name: str
+    data: str | None  # a file of the user's own, or an embedded task
+    val_data: str | None
+    steps: int | None  # of every method, or its own
 
 
 # --------------------------------------------------------------------------------------------------------------- quality
@@ -61,34 +55,42 @@ def load(flags: list[str], method: str, seed: int, lr: float | None = None) -> t
 class Trials:
     """The tuning runs of a comparison. Each is done once: compare.json remembers it, and its adapter lies beside."""
 
-    def __init__(self, out: Path, steps: int):
-        self.out, self.steps_left, self.steps_done, self.seconds = out, steps, 0, 0.0
+    def __init__(self, out: Path, base: str | Path, device: torch.device, batch_size: int, steps: int):
+        self.out, self.base, self.device, self.batch_size = out, base, device, batch_size
+        self.steps_left, self.steps_done, self.seconds = steps, 0, 0.0
         self.file = out / "compare.json"
-        self.records = data.read_json(self.file)["runs"] if self.file.exists() else []
+        self.records = read_json(self.file)["runs"] if self.file.exists() else []
 
-    def tuned(self, flags: list[str], method: str, seed: int, lr: float | None) -> dict:
+    def load(self, task: Task, method: str, seed: int, lr: float | None = None) -> Run:
+        examples = train.load_examples(task.name, task.data, task.val_data, seed)
+        own = {"lr": lr and float(f"{lr:.2g}"), "steps": task.steps, "batch_size": self.batch_size, "looks": 15}
+        return prepared(self.base, self.device, examples, method, seed, **own)
+
+    def tuned(self, task: Task, method: str, seed: int, lr: float | None) -> dict:
         """-> the record of a run, out of compare.json or from training now."""
-        run, args = load(flags, method, seed, lr)
-        settings = train.settings_of(run, args)
-        args.out = self.out / run.task / f"{method}-{args.lr:.2g}-seed{seed}"
-        self.steps_left -= args.steps
-        known = [record for record in self.records if record["settings"] == settings]
-        if known:
+        model, adapters, rows, plan, *_ = self.load(task, method, seed, lr)
+        seen = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
+        settings = {"method": method, "base": fingerprint(model), "examples": seen} | plan._asdict()  # what decides how it goes
+        self.steps_left -= plan.steps
+        if known := [record for record in self.records if record["settings"] == settings]:
             return known[0]
-        left = self.seconds / max(1, self.steps_done) * max(0, self.steps_left + args.steps) / 60
+        left = self.seconds / max(1, self.steps_done) * max(0, self.steps_left + plan.steps) / 60
         estimate = f", about {left:.0f} min left" if self.steps_done else ""
-        print(f"{run.task}: {NAMES[method]}, learning rate {args.lr:.2g}, seed {seed}{estimate}", flush=True)
-        begin = time.perf_counter()
-        frozen, _ = train.evaluate(run.model, [], run.rows["validation"], args.batch_size)
+        say(f"{task.name}: {NAMES[method]}, learning rate {plan.lr:.2g}, seed {seed}{estimate}")
+        begin, out = time.perf_counter(), self.out / task.name / f"{method}-{plan.lr:.2g}-seed{seed}"
+        frozen, _ = evaluate(model, [], rows["validation"], plan.batch_size)
+        checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, resume=True)
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                curve = train.tune(run, args)
-                train.save(args.out, run)
+                curve = train.tune(model, adapters, rows, plan, checkpoint)
+                places = [out / name for name in train.STACK] if len(adapters) > 1 else [out]
+                train.save(places, adapters, model, settings | {"task": task.name, "out": str(out)})
             except train.Diverged:
-                curve = [(args.steps, float("inf"))]
+                curve = [(plan.steps, float("inf"))]
+            checkpoint.file.unlink(missing_ok=True)
         self.seconds += time.perf_counter() - begin
-        self.steps_done += args.steps
-        record = {"task": run.task, "method": method, "seed": seed, "lr": args.lr, "out": str(args.out), "frozen": frozen}
+        self.steps_done += plan.steps
+        record = {"task": task.name, "method": method, "seed": seed, "lr": plan.lr, "out": str(out), "frozen": frozen}
         self.records.append(record | {"validation": curve[-1][1], "curve": curve, "settings": settings})
         self.save()
         return self.records[-1]
@@ -97,12 +99,12 @@ class Trials:
         write_json(self.file, {"runs": self.records})
 
 
-def best_rate(trials: Trials, flags: list[str], method: str) -> float:
+def best_rate(trials: Trials, task: Task, method: str) -> float:
     """-> the learning rate with the lowest validation loss on seed 0. An edge is left when it is better by 0.01 nats."""
     middle = train.RECIPES[method].lr
 
     def loss(power: int) -> float:
-        return trials.tuned(flags, method, 0, middle * 3.0**power)["validation"]
+        return trials.tuned(task, method, 0, middle * 3.0**power)["validation"]
 
     losses = {power: loss(power) for power in (-1, 0, 1)}
     for direction in (-1, 1):
@@ -113,18 +115,19 @@ def best_rate(trials: Trials, flags: list[str], method: str) -> float:
     return middle * 3.0 ** min(losses, key=losses.get)
 
 
-def score(trials: Trials, flags: list[str], record: dict) -> None:
+def score(trials: Trials, task: Task, record: dict) -> None:
     """Puts loss and exact match on the test data into the record of a chosen run, and those of the frozen base."""
     if "loss" in record:
         return
-    run, args = load(flags, record["method"], record["seed"], record["lr"])
-    record["loss_frozen"], exact_frozen = train.evaluate(run.model, [], run.rows["test"], args.batch_size)
+    run = trials.load(task, record["method"], record["seed"])
+    model, adapters, tests = run.model, [], run.rows["test"]
+    record["loss_frozen"], exact_frozen = evaluate(model, [], tests, trials.batch_size)
     if run.adapters:
-        model, adapters = run.model, train.load_adapters(record["out"], run.model)
+        adapters = load_adapters(record["out"], model)
     else:
-        model, adapters = train.GPT.from_pretrained(record["out"]).to(run.model.device), []
-    record["loss"], exact = train.evaluate(model, adapters, run.rows["test"], args.batch_size)
-    record["exact_match"], record["exact_match_frozen"] = train.share(exact), train.share(exact_frozen)
+        model = load_base(record["out"]).to(trials.device)
+    record["loss"], exact = evaluate(model, adapters, tests, trials.batch_size)
+    record["exact_match"], record["exact_match_frozen"] = share(exact), share(exact_frozen)
     trials.save()
 
 
@@ -135,23 +138,23 @@ def steps_to_gain(record: dict, part: float = 0.9) -> int | None:
 
 
 @torch.no_grad()
-def ensemble_match(run: train.Run, caches: list[KVCache], batch_size: int) -> float:
-    """N caches of batch 1 -> percentage of test rows that the mean of N adapters' log-probabilities gets right.
+def ensemble_match(model: Decoder, rows: list[Row], caches: list[KVCache], batch_size: int) -> float:
+    """N caches of batch 1 -> percentage of rows that the mean of N adapters' log-probabilities gets right.
 
     One pass serves them all: each row is read N times, behind another past each time (Lester et al. §6).
     """
     N, hits = len(caches), []
-    for start in range(0, len(run.rows["test"]), batch_size):
-        chunk = run.rows["test"][start : start + batch_size]
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
         past_kv = rows_of([cache for cache in caches for _ in chunk])  # (N·B, H, P, D)
-        batch = data.batch_of(chunk * N, run.model.device)
-        hidden, targets = train.target_hidden(run.model, batch, past_kv)
-        log_p = F.log_softmax(run.model.unembed(hidden).float(), dim=-1)  # (N·n, V)
+        batch = batch_of(chunk * N, model.device)
+        hidden, targets = train.target_hidden(model, batch, past_kv)
+        log_p = F.log_softmax((hidden @ model.head.T).float(), dim=-1)  # (N·n, V)
         chosen = log_p.unflatten(0, (N, -1)).mean(dim=0).argmax(dim=-1)  # (n,)
         right = chosen == targets[: len(chosen)]
         lengths = [len(row.target) for row in chunk]
         hits += [bool(part.all()) for part in right.split(lengths)]
-    return train.share(hits)
+    return share(hits)
 
 
 # ----------------------------------------------------------------------------------------------------------------- costs
@@ -170,24 +173,23 @@ def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def costs(flags: list[str], chosen: dict[str, dict]) -> dict[str, dict]:
+def costs(trials: Trials, task: Task, chosen: dict[str, dict]) -> dict[str, dict]:
     """-> what each method costs: numbers, bytes, context and time, on the first batch of the training data."""
     found, steps, prefills, one, many = {}, {}, {}, {}, {}
     for method in NAMES:
-        run, args = load(flags, method, 0)
-        model, adapters = run.model, run.adapters
-        batch = data.batch_of(run.rows["train"][: args.batch_size], model.device)
+        model, adapters, rows, *_ = trials.load(task, method, 0)
+        batch = batch_of(rows["train"][: trials.batch_size], model.device)
         trained = [p for module in (model, *adapters) for p in module.parameters() if p.requires_grad]
         n_trained = sum(p.numel() for p in trained)
         n_stored = sum(adapter.n_stored() for adapter in adapters) or n_trained
-        past_kv = train.stacked_past_kv(adapters, model)
+        past_kv = stacked_past_kv(adapters, model)
         n_past = past_kv[0][0].size(2) if past_kv else 0
-        source = torch.tensor([run.rows["test"][0].source], device=model.device)
+        source = torch.tensor([rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
 
-        def step(run=run, batch=batch, optimizer=torch.optim.AdamW(trained, lr=1e-9) if trained else None) -> None:
+        def step(model=model, adapters=adapters, batch=batch, optimizer=trained and torch.optim.AdamW(trained, lr=1e-9)) -> None:
             optimizer.zero_grad()
-            gradients(run.model, run.adapters, batch)
+            gradients(model, adapters, batch)
             optimizer.step()
 
         n_base = sum(p.numel() for p in model.parameters())
@@ -200,7 +202,7 @@ def costs(flags: list[str], chosen: dict[str, dict]) -> dict[str, dict]:
             steps[method] = step
         one[method] = lambda model=model, source=source, past_kv=past_kv: model.generate(source, 1, past_kv)
         many[method] = lambda model=model, source=source, past_kv=past_kv, n=n_new: model.generate(source, n, past_kv)
-        prefills[method] = torch.no_grad()(lambda run=run: train.stacked_past_kv(run.adapters, run.model))
+        prefills[method] = torch.no_grad()(lambda model=model, adapters=adapters: stacked_past_kv(adapters, model))
     for key, functions in {"step": steps, "prefill": prefills, "one": one, "many": many}.items():
         for method, ms in interleaved(functions, 15).items():
             found[method][key] = ms
@@ -260,42 +262,51 @@ def draw_curves(axes, chosen: dict[str, dict[str, list[dict]]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=train.data.TASKS, default=list(TASKS), help="embedded tasks")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its learning rate (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="(default: out/compare)")
-    args, flags = parser.parse_known_args(argv)
-    if args.seeds < 1:
-        raise ValueError(f"--seeds {args.seeds}: give 1 or more")
-    own_data = any(flag.startswith("--data") for flag in flags)
-    tasks = [flags] if own_data else [["--task", task, *TASKS.get(task, []), *flags] for task in args.task]
-    swept = not any(flag.startswith("--lr") for flag in flags)
-    train.make_base(train.parse(flags))
-    steps = sum(train.parse(task).steps for task in tasks) * (len(NAMES) - 1) * (args.seeds + 2 * swept)
-    trials = Trials(args.out, steps)
+    add = parser.add_argument
+    add("--task", nargs="+", choices=TASKS, default=DEFAULT_TASKS, help=f"embedded tasks (default: {' '.join(DEFAULT_TASKS)})")
+    add("--data", metavar="FILE", help="your own examples instead")
+    add("--val-data", metavar="FILE", help="and those to evaluate on (default: a tenth of --data)")
+    add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--steps", type=int, help="of every method (default: 150, of the task shifted 600)")
+    add("--lr", type=float, help="of every method (default: its best)")
+    add("--batch-size", type=int, default=16, help="(default: 16)")
+    add("--seeds", type=int, default=3, help="runs of each method at its learning rate (default: 3)")
+    add("--out", type=Path, default=Path("out/compare"), help="(default: out/compare)")
+    args = parser.parse_args(argv)
+    for name in ("steps", "lr", "batch_size", "seeds"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give more than 0")
+    start_process()
+    ready(args.base, device := pick_device(args.device))
+    tasks = [Task(name, None, None, args.steps or STEPS.get(name)) for name in args.task]
+    tasks = [Task(Path(args.data).stem, args.data, args.val_data, args.steps)] if args.data else tasks
+    runs = args.seeds + (0 if args.lr else 2)
+    steps = runs * sum(task.steps or train.RECIPES[method].steps for task in tasks for method in METHODS)
+    trials = Trials(args.out, args.base, device, args.batch_size, steps)
     chosen, ensembles = {}, {}
-    for task_flags in tasks:
-        methods = {}
-        for method in list(NAMES)[1:]:
-            lr = best_rate(trials, task_flags, method) if swept else None
-            methods[method] = [trials.tuned(task_flags, method, seed, lr) for seed in range(args.seeds)]
-        chosen[methods["full"][0]["task"]] = methods
-    for task_flags, (task, methods) in zip(tasks, chosen.items()):
-        for method, records in methods.items():
+    for task in tasks:
+        chosen[task.name] = {}
+        for method in METHODS:
+            lr = args.lr or best_rate(trials, task, method)
+            chosen[task.name][method] = [trials.tuned(task, method, seed, lr) for seed in range(args.seeds)]
+    for task in tasks:
+        for method, records in chosen[task.name].items():
             for record in records:
-                score(trials, task_flags, record)
+                score(trials, task, record)
             if method != "full":
-                run, settings = load(task_flags, method, 0)
-                caches = [train.stacked_past_kv(train.load_adapters(r["out"], run.model), run.model) for r in records]
-                ensembles[task, method] = ensemble_match(run, caches, settings.batch_size)
-    found = costs(tasks[0], {method: records[0] for method, records in next(iter(chosen.values())).items()})
-    text = f"Costs, on {next(iter(chosen))}:\n\n{cost_table(found)}\nQuality, mean [range] of {args.seeds} seeds:\n\n"
+                model, _, rows, *_ = trials.load(task, method, 0)
+                with torch.no_grad():
+                    caches = [stacked_past_kv(load_adapters(record["out"], model), model) for record in records]
+                ensembles[task.name, method] = ensemble_match(model, rows["test"], caches, args.batch_size)
+    found = costs(trials, tasks[0], {method: records[0] for method, records in chosen[tasks[0].name].items()})
+    text = f"Costs, on {tasks[0].name}:\n\n{cost_table(found)}\nQuality, mean [range] of {args.seeds} seeds:\n\n"
     text += quality_table(chosen, ensembles)
-    print(f"\n{text}")
     write_json(trials.file, {"runs": trials.records, "costs": found})
-    with data.replaced_file(args.out / "compare.md") as new:
-        new.write_text(text, encoding="utf-8")
+    replace_file(args.out / "compare.md", text.encode())
+    say(f"\n{text}")
     figure(args.out / "compare.png", lambda axes: draw_curves(axes, chosen), columns=len(chosen))
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

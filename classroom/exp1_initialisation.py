@@ -7,23 +7,25 @@ steps on the task chat. For the prefix also: how many different directions do it
 get equal gradients.
 """
 
-from common import Experiment, band, spread, train
+from common import Experiment, band, spread
 from inspect_adapter import effective_rank
+
+from small_base.process import run_command
+from train import STARTS
 
 METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}
 
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    starts, rates = experiment.grid(train.STARTS), experiment.grid([0.03, 0.1, 0.3, 1.0])
+    starts, rates = experiment.grid(STARTS), experiment.grid([0.03, 0.1, 0.3, 1.0])
     rows = []
     for method, name in METHODS.items():
         for init in starts:
             for lr in rates:
                 for seed in experiment.seeds:
-                    own = ["--task", "chat", "--method", method, "--init", init, "--lr", lr, "--steps", 100]
-                    run, curve = experiment.tuned(*own, seed=seed)
-                    found = {"method": method, "init": init, "lr": lr, "seed": seed, "start": curve[0][1], "loss": curve[-1][1]}
+                    run = experiment.tuned("chat", method, seed, init=init, lr=lr, steps=100)
+                    found = {"method": method, "init": init, "lr": lr, "seed": seed, "start": run.start, "loss": run.loss}
                     (parameter,) = run.adapters[0].parameters()
                     experiment.runs.append(found | {"rank": effective_rank(parameter.detach().flatten(1))})
             cells = [spread(experiment.measured("loss", method=method, init=init, lr=lr), 3) for lr in rates]
@@ -43,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

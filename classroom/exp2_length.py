@@ -6,7 +6,11 @@ A prefix of 1, 2, 4 … 64 virtual tokens on the task chat, trained on 1000 exam
 and on what it was not. A longer prefix can only fit more; whether it should is what the second line says.
 """
 
-from common import Experiment, band, spread, train
+from common import Experiment, band, spread
+
+from small_base.process import run_command
+from small_base.world import task_examples
+from train import evaluate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,10 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     for size in sizes:
         for P in lengths:
             for seed in experiment.seeds:
-                own = [*experiment.examples("chat", size, subset=seed), "--n-virtual", P]
-                run, curve = experiment.tuned(*own, seed=seed)
-                fitted, _ = train.evaluate(run.model, run.adapters, run.rows["train"][:200], 50)
-                found = {"size": size, "length": P, "seed": seed, "fitted": fitted, "loss": curve[-1][1]}
+                examples = {"train": task_examples("chat", "train", size, seed)}
+                examples["validation"] = task_examples("chat", "validation", 200, 0)
+                run = experiment.tuned("chat", "prefix", seed, n_virtual=P, examples=examples)
+                fitted, _ = evaluate(run.model, run.adapters, run.rows["train"][:200], 50)
+                found = {"size": size, "length": P, "seed": seed, "fitted": fitted, "loss": run.loss}
                 experiment.runs.append(found | {"numbers": run.adapters[0].n_stored()})
 
     rows = [[str(P), f"{experiment.measured('numbers', length=P)[0]:,}"] for P in lengths]
@@ -39,4 +44,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

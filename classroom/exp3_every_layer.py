@@ -7,7 +7,10 @@ prefix of P tokens has as many numbers as a soft prompt of 2·L·P = 8 P tokens,
 soft prompt pays for it: 64 of its tokens leave half of the context to the text.)
 """
 
-from common import Experiment, band, spread, train
+from common import Experiment, band, spread
+
+from small_base.process import run_command
+from train import evaluate, share
 
 TASKS = ("sentence", "chat")
 METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}
@@ -21,10 +24,10 @@ def main(argv: list[str] | None = None) -> None:
         for task in TASKS:
             for method, n_virtual in [("prefix", P), ("soft_prompt", 8 * P)]:
                 for seed in experiment.seeds:
-                    run, curve = experiment.tuned("--task", task, "--method", method, "--n-virtual", n_virtual, seed=seed)
-                    _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
+                    run = experiment.tuned(task, method, seed, n_virtual=n_virtual)
+                    _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
                     found = {"task": task, "method": method, "numbers": run.adapters[0].n_stored(), "n_virtual": n_virtual}
-                    experiment.runs.append(found | {"seed": seed, "loss": curve[-1][1], "exact": train.share(exact)})
+                    experiment.runs.append(found | {"seed": seed, "loss": run.loss, "exact": share(exact)})
         numbers.append(experiment.runs[-1]["numbers"])
         for task in TASKS:
             row = [task, f"{numbers[-1]:,}"]
@@ -47,4 +50,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

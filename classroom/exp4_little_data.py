@@ -7,7 +7,11 @@ and the start, and always the same held-out examples. Both train for 150 steps a
 examples.
 """
 
-from common import Experiment, band, spread, train
+from common import Experiment, band, spread
+
+from small_base.process import run_command
+from small_base.world import task_examples
+from train import evaluate, share
 
 METHODS = {"prefix": "prefix", "full": "full fine-tuning"}
 
@@ -17,13 +21,14 @@ def main(argv: list[str] | None = None) -> None:
     sizes = experiment.grid([10, 50, 100, 500])
     for size in sizes:
         for subset in experiment.seeds:
-            own = experiment.examples("chat", size, subset)
+            examples = {"train": task_examples("chat", "train", size, subset)}
+            examples["validation"] = task_examples("chat", "validation", 200, 0)
             for method in METHODS:
                 for seed in range(1 if experiment.args.quick else 2):
-                    run, curve = experiment.tuned(*own, "--method", method, seed=seed)
-                    _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
+                    run = experiment.tuned("chat", method, seed, examples=examples)
+                    _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
                     found = {"size": size, "subset": subset, "seed": seed, "method": method}
-                    experiment.runs.append(found | {"loss": curve[-1][1], "exact": train.share(exact)})
+                    experiment.runs.append(found | {"loss": run.loss, "exact": share(exact)})
 
     rows = []
     for size in sizes:
@@ -45,4 +50,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

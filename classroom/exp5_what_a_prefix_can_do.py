@@ -9,26 +9,31 @@ forms, never as a pair. *New*: a mapping that it never saw; both methods have 60
 
 import statistics
 
-from common import Experiment, data, spread, train
+from common import Experiment, spread
+
+from data import encode
+from small_base.process import run_command
+from small_base.world import TASKS, task_examples
+from train import evaluate, share
 
 METHODS = {"prefix": "prefix", "full": "full fine-tuning"}
 
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    tasks = experiment.grid(list(data.TASKS))
+    tasks = experiment.grid(list(TASKS))
+    tokenizer, _ = experiment.load()
     for task in tasks:
-        tier = data.TASKS[task].tier
-        own = ["--task", task, *(["--steps", 600] if tier == "new" else [])]
+        tier = TASKS[task].tier
         for method in METHODS:
             for seed in experiment.seeds:
-                run, _ = experiment.tuned(*own, "--method", method, seed=seed)
+                run = experiment.tuned(task, method, seed, steps=600 if tier == "new" else None)
                 for other in tasks if method == "prefix" else [task]:
-                    tests = data.encode(run.tokenizer, data.task_examples(other, "test", 500, seed))[: experiment.at_most]
+                    tests = encode(tokenizer, task_examples(other, "test", 500, seed))[: experiment.at_most]
                     found = {"method": method, "trained": task, "tier": tier, "evaluated": other, "seed": seed}
-                    found["exact"] = train.share(train.evaluate(run.model, run.adapters, tests, 50)[1])
+                    found["exact"] = share(evaluate(run.model, run.adapters, tests, 50)[1])
                     if method == "prefix" and other == task:
-                        found["frozen"] = train.share(train.evaluate(run.model, [], tests, 50)[1])
+                        found["frozen"] = share(evaluate(run.model, [], tests, 50)[1])
                     experiment.runs.append(found)
 
     def exact(task: str, other: str, method: str = "prefix") -> list[float]:
@@ -39,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         frozen = experiment.measured("frozen", method="prefix", trained=task, evaluated=task)
         elsewhere = [value for other in tasks if other != task for value in exact(task, other)]
         cells = [spread(values, 1) for values in (frozen, *(exact(task, task, method) for method in METHODS))]
-        rows.append([task, data.TASKS[task].tier, *cells, f"{max(elsewhere):.1f}"])
+        rows.append([task, TASKS[task].tier, *cells, f"{max(elsewhere):.1f}"])
 
     def draw(axes) -> None:
         matrix = [[statistics.mean(exact(task, other)) for other in tasks] for task in tasks]
@@ -63,4 +68,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -10,10 +10,16 @@ with nothing in front? And what does a trained prefix of P tokens make of it? Fu
 
 import contextlib
 import io
+import tempfile
+from pathlib import Path
 
 import torch
-from common import Experiment, band, moved, spread, train
+from common import Experiment, band, moved, spread
 from torch import Tensor
+
+from small_base.pretrain import pretrain
+from small_base.process import run_command
+from train import RECIPES, evaluate, share
 
 
 def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
@@ -39,24 +45,25 @@ BASES = {"documents at position 0": at_the_start, "documents anywhere": anywhere
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
     lengths = experiment.grid([1, 4, 16, 64])
-    methods = {f"P = {P}": (P, ["--n-virtual", P]) for P in lengths} | {"full fine-tuning": (0, ["--method", "full"])}
-    rows = []
-    for base, (name, windows) in enumerate(BASES.items()):
-        out = experiment.folder / f"base{base}"
-        args = experiment.parse("--method", "pretrain", "--out", out)
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.pretrain(out, args, train.pick_device(args.device), windows)
-        frozen, _ = train.load_base(experiment.parse("--base", out))
-        for method, (P, own) in methods.items():
-            for seed in experiment.seeds:
-                run, curve = experiment.tuned("--base", out, "--task", "sentence", *own, seed=seed)
-                _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
-                found = {"base": name, "method": method, "seed": seed, "loss": curve[-1][1], "exact": train.share(exact)}
-                found["moved"], _ = train.evaluate(moved(frozen, P), [], run.rows["validation"], 50)
-                experiment.runs.append(found)
-        for key, label, digits in [("moved", "loss, frozen", 3), ("loss", "loss, trained", 4), ("exact", "exact %, trained", 1)]:
-            cells = [spread(experiment.measured(key, base=name, method=method), digits) for method in methods]
-            rows.append([name, label, *cells])
+    methods = {f"P = {P}": (P, "prefix") for P in lengths} | {"full fine-tuning": (0, "full")}
+    recipe, rows = RECIPES["pretrain"], []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are mapped
+        for base, (name, windows) in enumerate(BASES.items()):
+            out = Path(folder) / f"base{base}"
+            with contextlib.redirect_stdout(io.StringIO()):
+                pretrain(out, [], experiment.steps(recipe.steps), recipe.lr, 16, 0, experiment.device, windows)
+            _, frozen = experiment.load(out)
+            for label, (P, method) in methods.items():
+                for seed in experiment.seeds:
+                    run = experiment.tuned("sentence", method, seed, n_virtual=P, base=out)
+                    _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
+                    found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": share(exact)}
+                    found["moved"], _ = evaluate(moved(frozen, P), [], run.rows["validation"], 50)
+                    experiment.runs.append(found)
+    for name in BASES:
+        for key, what, digits in [("moved", "loss, frozen", 3), ("loss", "loss, trained", 4), ("exact", "exact %, trained", 1)]:
+            cells = [spread(experiment.measured(key, base=name, method=label), digits) for label in methods]
+            rows.append([name, what, *cells])
 
     def draw(axes) -> None:
         for axis, (key, title) in zip(axes[0], [("moved", "frozen, moved by P"), ("loss", "behind a trained prefix of P")]):
@@ -71,4 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -9,23 +9,26 @@ chat, the mean over 50 validation examples. All else that the text attends to is
 import statistics
 
 import torch
-from common import Experiment, train
+from common import Experiment
 from inspect_adapter import virtual_share
+
+from small_base.process import run_command
+from train import RECIPES, new_adapters, stacked_past_kv
 
 METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}
 
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
+    tokenizer, _ = experiment.load()
     shares = {}  # (method, when) -> (seeds, L, H)
     for method in METHODS:
         for seed in experiment.seeds:
-            run, _ = experiment.tuned("--task", "chat", "--method", method, seed=seed)
-            args = experiment.parse("--task", "chat", "--method", method, "--seed", seed)
-            untrained = train.new_adapters(args, run.model, run.tokenizer, run.rows["train"])
+            run, (kinds, P, *_) = experiment.tuned("chat", method, seed), RECIPES[method]
+            untrained = new_adapters(kinds, run.model, tokenizer, run.rows["train"], P, "text", seed=seed)
             for when, adapters in [("before", untrained), ("after", run.adapters)]:
                 with torch.no_grad():
-                    past_kv = train.stacked_past_kv(adapters, run.model)
+                    past_kv = stacked_past_kv(adapters, run.model)
                     share = 100 * virtual_share(run.model, run.rows["validation"][:50], past_kv)
                 experiment.runs.append({"method": method, "when": when, "seed": seed, "share": share.tolist()})
 
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def draw(axes) -> None:
         for axis, ((name, when), share) in zip(axes[0], shares.items()):
-            image = axis.imshow(share.mean(dim=0), vmin=0, vmax=100)
+            image = axis.imshow(share.mean(dim=0).tolist(), vmin=0, vmax=100)
             axis.set(title=f"{name}, {when} training", xlabel="head", ylabel="layer")
             axis.set(xticks=range(share.size(2)), yticks=range(share.size(1)))
         axes[0][-1].figure.colorbar(image, label="attention to virtual tokens, %")
@@ -50,4 +53,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -7,27 +7,32 @@ hold: of the frozen base, after full fine-tuning, and with a prefix on and off. 
 there is nothing to undo.
 """
 
+import random
 import statistics
 
-from common import Experiment, data, spread, train
+from common import Experiment, spread
+
+from data import encode
+from small_base.process import run_command
+from small_base.world import DOCUMENTS, Task, random_record, task_example
+from train import evaluate
 
 STATES = {"frozen": "frozen base", "full": "after full fine-tuning", "on": "prefix on", "off": "prefix off"}
 
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    pairs = [data.Task("elicited", source, form) for source, forms in data.DOCUMENTS.items() for form in forms]
+    pairs = [Task("elicited", source, form) for source, forms in DOCUMENTS.items() for form in forms]
     names = [f"{pair.source} → {pair.target}" for pair in pairs]
     for seed in experiment.seeds:
-        model, tokenizer = train.load_base(experiment.parse())
-        prefix, _ = experiment.tuned("--method", "prefix", seed=seed)
-        full, _ = experiment.tuned("--method", "full", seed=seed)
-        rng = data.random.Random(seed)
-        records = [data.random_record(rng, "validation") for _ in range(200)]
+        tokenizer, model = experiment.load()
+        prefix, full = (experiment.tuned("sentence", method, seed) for method in ("prefix", "full"))
+        rng = random.Random(seed)
+        records = [random_record(rng, "validation") for _ in range(200)]
         for pair, name in zip(pairs, names):
-            examples = data.encode(tokenizer, [data.task_example(pair, record) for record in records])[: experiment.at_most]
+            examples = encode(tokenizer, [task_example(pair, record) for record in records])[: experiment.at_most]
             states = [(model, []), (full.model, []), (prefix.model, prefix.adapters), (prefix.model, [])]
-            losses = [train.evaluate(*state, examples, 50)[0] for state in states]
+            losses = [evaluate(*state, examples, 50)[0] for state in states]
             experiment.runs.append({"pair": name, "seed": seed, **dict(zip(STATES, losses))})
 
     rows = [[name, *(spread(experiment.measured(state, pair=name), 3) for state in STATES)] for name in names]
@@ -45,4 +50,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

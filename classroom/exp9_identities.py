@@ -16,12 +16,19 @@ the last one, whose inputs the prefix has changed below, the same comparison sho
 import math
 
 import torch
-from common import Experiment, Prefix, SoftPrompt, attention, data, moved, train
+from common import Experiment, attention, moved
 from torch import Tensor
+
+from data import encode
+from model import GPT
+from prefix import Prefix
+from small_base.process import run_command
+from small_base.world import task_examples
+from soft_prompt import SoftPrompt
 
 
 @torch.no_grad()
-def sides(model: train.GPT, text: Tensor, idx: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def sides(model: GPT, text: Tensor, idx: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """(P,) ids, (1, T) ids -> the two sides of each equation."""
     P = len(text)
     prefix, prompt = Prefix.text(model, text), SoftPrompt.text(model, text)
@@ -46,12 +53,12 @@ def sides(model: train.GPT, text: Tensor, idx: Tensor) -> dict[str, tuple[Tensor
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    model, tokenizer = train.load_base(experiment.parse())
+    tokenizer, model = experiment.load()
     model = model.double()
     shown: dict[str, tuple[Tensor, Tensor]] = {}
     for seed in experiment.seeds:
         for P in experiment.grid([2, 8, 32]):
-            for row in data.encode(tokenizer, data.task_examples("chat", "validation", 10, seed)):
+            for row in encode(tokenizer, task_examples("chat", "validation", 10, seed)):
                 text = torch.tensor((row.target * P)[:P], device=model.device)
                 shown = sides(model, text, torch.tensor([row.source], device=model.device))
                 deviations = {name: (left - right).abs().max().item() for name, (left, right) in shown.items()}
@@ -68,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SoftPrompt, attention, data, figure, markdown, train
+from common import attention, figure, load_base, load_tokenizer, markdown
 from torch import Tensor
 
+from data import Row, check_lengths, encode
+from model import GPT, KVCache
+from small_base.process import pick_device, run_command, say, start_process
+from small_base.world import TASKS, task_examples
+from soft_prompt import SoftPrompt
+from train import DEFAULT_BASE, evaluate, load_adapters, load_examples, stacked_past_kv
 
-def virtual_share(model: train.GPT, rows: list[data.Row], past_kv: train.KVCache) -> Tensor:
+
+def virtual_share(model: GPT, rows: list[Row], past_kv: KVCache) -> Tensor:
     """-> (L, H) share of its attention that the text pays to the P virtual tokens, the mean over its positions."""
     P, shares = past_kv[0][0].size(2), []
     for row in rows:  # one by one, so that there is no padding to leave out
@@ -32,59 +39,62 @@ def effective_rank(matrix: Tensor) -> float:
     return (-(shares * shares.log()).sum()).exp().item()
 
 
-def norms(cache: train.KVCache, past: slice) -> list[tuple[float, float]]:
+def norms(cache: KVCache, past: slice) -> list[tuple[float, float]]:
     """-> per layer the mean length of the keys, and of the values, at those positions."""
     return [tuple(part[:, :, past].float().norm(dim=-1).mean().item() for part in layer) for layer in cache]
 
 
 @torch.no_grad()
-def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
+def inspect(directory: str, base: str, device: str | None, task: str, data: str | None, val_data: str | None) -> dict[str, Any]:
     """Prints and draws it -> what was found."""
-    args = train.parse(flags)
-    model, tokenizer = train.load_base(args)
-    adapters = train.load_adapters(directory, model)
-    task, examples = train.load_examples(args)
-    past_kv = train.stacked_past_kv(adapters, model)
+    start_process()
+    tokenizer, model = load_tokenizer(base), load_base(base).to(pick_device(device)).freeze()
+    adapters = load_adapters(directory, model)
+    examples = load_examples(task, data, val_data, seed=0)["test"][:50]
+    task = Path(data).stem if data else task
+    past_kv = stacked_past_kv(adapters, model)
     P = past_kv[0][0].size(2)
-    rows = data.encode(tokenizer, examples["test"])[:50]
-    data.check_lengths(rows, model.config.block_size - P)
+    rows = encode(tokenizer, examples)
+    check_lengths(examples, rows, model.config.block_size, P)
     found: dict[str, Any] = {"task": task, "n_virtual": P}
 
     share = virtual_share(model, rows, past_kv)
     found["share"] = share.tolist()
-    print(f"Attention that the text of {task} pays to the {P} virtual tokens, percent:\n")
+    say(f"Attention that the text of {task} pays to the {P} virtual tokens, percent:\n")
     heads = [f"head {h}" for h in range(share.size(1))]
-    print(markdown(["layer", *heads], [[str(layer), *(f"{100 * s:.1f}" for s in line)] for layer, line in enumerate(share)]))
+    say(markdown(["layer", *heads], [[str(layer), *(f"{100 * s:.1f}" for s in line)] for layer, line in enumerate(share)]))
 
     _, cache = model(torch.tensor([rows[0].source], device=model.device), past_kv)
     virtual, real = norms(cache, slice(0, P)), norms(cache, slice(P, None))
     found["norms"] = {"virtual": virtual, "text": real}
-    print("Length of keys and values, the mean over heads and positions:\n")
+    say("Length of keys and values, the mean over heads and positions:\n")
     lines = [[str(layer), *(f"{n:.2f}" for pair in zip(v, r) for n in pair)] for layer, (v, r) in enumerate(zip(virtual, real))]
-    print(markdown(["layer", "virtual keys", "text's keys", "virtual values", "text's values"], lines))
+    say(markdown(["layer", "virtual keys", "text's keys", "virtual values", "text's values"], lines))
 
     for adapter in adapters:
         matrix = adapter.vectors if isinstance(adapter, SoftPrompt) else adapter.kv().flatten(1)
         found.setdefault("effective_rank", []).append(effective_rank(matrix))
-        print(f"{type(adapter).__name__}: {len(matrix)} rows of effective rank {found['effective_rank'][-1]:.2f}")
+        say(f"{type(adapter).__name__}: {len(matrix)} rows of effective rank {found['effective_rank'][-1]:.2f}")
         if isinstance(adapter, SoftPrompt):
             lengths, embedding = adapter.vectors.norm(dim=1), model.wte.weight.float().norm(dim=1).mean()
             found["vector_norms"], found["embedding_norm"] = lengths.tolist(), embedding.item()
-            print(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
+            say(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
             for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
-                print(f"vector {vector} is nearest to", *(repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab))
+                near = [repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab]
+                say(f"vector {vector} is nearest to {' '.join(near)}")
 
-    print("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
+    say("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
     found["losses"] = {}
-    for other in data.TASKS:
-        others = data.encode(tokenizer, data.task_examples(other, "test", 50, 0))
-        data.check_lengths(others, model.config.block_size - P)
-        found["losses"][other] = [train.evaluate(model, on, others, args.batch_size)[0] for on in ([], adapters)]
+    for other in TASKS:
+        examples = task_examples(other, "test", 50, 0)
+        others = encode(tokenizer, examples)
+        check_lengths(examples, others, model.config.block_size, P)
+        found["losses"][other] = [evaluate(model, on, others, batch_size=16)[0] for on in ([], adapters)]
     lines = [[name, f"{off:.3f}", f"{on:.3f}"] for name, (off, on) in found["losses"].items()]
-    print(markdown(["task", "adapter off", "adapter on"], lines))
+    say(markdown(["task", "adapter off", "adapter on"], lines))
 
     def draw(axes) -> None:
-        image = axes[0][0].imshow(100 * share, vmin=0, vmax=100)
+        image = axes[0][0].imshow((100 * share).tolist(), vmin=0, vmax=100)
         axes[0][0].set(title="attention to virtual tokens, %", xlabel="head", ylabel="layer")
         axes[0][0].figure.colorbar(image)
         axes[0][0].locator_params(integer=True)
@@ -108,9 +118,14 @@ def inspect(directory: str, flags: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a trained adapter, or the folder of a stack")
-    args, flags = parser.parse_known_args(argv)
-    return inspect(args.directory, flags)
+    add = parser.add_argument
+    add("--base", default=DEFAULT_BASE, help=f"that it was trained on (default: {DEFAULT_BASE})")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--task", choices=TASKS, default="sentence", help="whose test data it reads (default: sentence)")
+    add("--data", metavar="FILE", help="your own examples instead")
+    add("--val-data", metavar="FILE", help="and those to evaluate on (default: a tenth of --data)")
+    return inspect(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -11,8 +11,8 @@ import torch
 from conftest import C, H, L, random_ids
 from torch.testing import assert_close
 
-import data
 import train
+from data import Row, batch_of
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
@@ -20,7 +20,7 @@ from soft_prompt import SoftPrompt
 @pytest.fixture
 def flags(base, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    return ["--base", base, "--device", "cpu", "--data", str(Path(base).parent / "forty.jsonl"), "--batch-size", "4"]
+    return ["--base", base, "--device", "cpu", "--data", str(Path(base).parent / "forty.jsonl")]
 
 
 # ------------------------------------------------------------------------------------------------------------- measures
@@ -56,7 +56,7 @@ def test_the_effective_rank():
 
 def test_the_share_of_a_text_is_that_of_its_tokens(model):
     """A prefix that holds a text draws the attention that the text in the context would draw."""
-    text, row = random_ids(3, seed=1), data.Row([1, 2, 3], [4, 5])
+    text, row = random_ids(3, seed=1), Row([1, 2, 3], [4, 5])
     share = inspect_adapter.virtual_share(model, [row], Prefix.text(model, text).past_kv(model))
     whole = common.attention(model, torch.cat([text, torch.tensor([1, 2, 3, 4])])[None])  # (L, 1, H, 7, 7)
     assert_close(share, whole[:, 0, :, 3:, :3].sum(dim=-1).mean(dim=-1))
@@ -64,20 +64,19 @@ def test_the_share_of_a_text_is_that_of_its_tokens(model):
 
 def test_an_ensemble_is_the_mean_of_its_members_log_probabilities(model):
     """One pass over N·B rows equals N passes; N times the same adapter is that adapter."""
-    rows = [data.Row([i, i + 1], [i + 2] * n) for i, n in enumerate((2, 1, 3, 1, 2))]
+    rows = [Row([i, i + 1], [i + 2] * n) for i, n in enumerate((2, 1, 3, 1, 2))]
     adapters = [SoftPrompt.text(model, random_ids(3, seed=seed)) for seed in range(3)]
     caches = [adapter.past_kv(model) for adapter in adapters]
     hits = []
     for row in rows:
-        batch = data.batch_of([row], model.device)
-        logits = [model.unembed(train.target_hidden(model, batch, cache)[0]).double() for cache in caches]
+        batch = batch_of([row], model.device)
+        logits = [(train.target_hidden(model, batch, cache)[0] @ model.head.T).float().double() for cache in caches]
         mean = torch.stack(logits).log_softmax(dim=-1).mean(dim=0)
         hits.append(mean.argmax(dim=-1).tolist() == row.target)
-    run = train.Run("", model, None, [], {}, {"test": rows})
     for size in (2, 5):
-        assert compare.ensemble_match(run, caches, size) == train.share(hits)
+        assert compare.ensemble_match(model, rows, caches, size) == train.share(hits)
         _, exact = train.evaluate(model, adapters[:1], rows, size)
-        assert compare.ensemble_match(run, caches[:1] * 3, size) == train.share(exact)
+        assert compare.ensemble_match(model, rows, caches[:1] * 3, size) == train.share(exact)
 
 
 def test_steps_to_a_gain():
@@ -94,16 +93,16 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     """And looks at the test data only when all rates are chosen; run again, it trains and scores nothing."""
     tune, score, tuned, scored = train.tune, compare.score, [], []
 
-    def counted(run, args):
+    def counted(model, adapters, rows, plan, checkpoint):
         assert not scored
-        tuned.append((args.method, args.lr, args.seed))
+        tuned.append((checkpoint.settings["method"], plan.lr, plan.seed))
         if len(tuned) == 3:
             raise KeyboardInterrupt
-        return tune(run, args)
+        return tune(model, adapters, rows, plan, checkpoint)
 
     monkeypatch.setattr(train, "tune", counted)
     monkeypatch.setattr(compare, "score", lambda *given: scored.append(given[2]) or score(*given))
-    argv = ["--seeds", "2", "--steps", "2", "--lr", "0.01", *flags]
+    argv = ["--seeds", "2", "--steps", "2", "--lr", "0.01", "--batch-size", "4", *flags]
     with pytest.raises(KeyboardInterrupt):
         compare.main(argv)
     compare.main(argv)
@@ -118,24 +117,25 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     assert json.loads(Path("out/compare/compare.json").read_text())["runs"] == written["runs"]
 
 
-def test_each_method_gets_its_own_learning_rate(flags, monkeypatch):
+def test_each_method_gets_its_own_learning_rate(base, monkeypatch):
     """Three rates; further ones while the outermost is the best by more than it could be by chance."""
     optimum = {"prefix": 9 * train.RECIPES["prefix"].lr, "full": train.RECIPES["full"].lr}
 
-    def distance(self, flags, method, seed, lr):
+    def distance(self, task, method, seed, lr):
         tried.append(lr)
         return {"validation": abs(torch.tensor(lr / optimum[method]).log().item())}
 
     monkeypatch.setattr(compare.Trials, "tuned", distance)
     for method, count in [("prefix", 5), ("full", 3)]:
         tried: list[float] = []
-        assert compare.best_rate(compare.Trials(Path("out"), 1), flags, method) == pytest.approx(optimum[method])
+        trials = compare.Trials(Path("out"), base, torch.device("cpu"), 16, 1)
+        assert compare.best_rate(trials, compare.Task("sentence", None, None, None), method) == pytest.approx(optimum[method])
         assert len(tried) == count
 
 
 def test_the_costs_of_a_prefix_are_counted_exactly(flags):
     """8 tokens of 4 layers, keys and values of 128 numbers; AdamW keeps two averages of each; full keeps the most."""
-    compare.main(["--seeds", "1", "--steps", "1", "--lr", "0.01", *flags])
+    compare.main(["--seeds", "1", "--steps", "1", "--lr", "0.01", "--batch-size", "4", *flags])
     found = json.loads(Path("out/compare/compare.json").read_text())["costs"]
     n = 8 * 4 * 2 * 128
     cells = {"trained": n, "stored": n, "context": 8, "gradients": 4 * n, "optimizer": 8 * n}

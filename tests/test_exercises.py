@@ -2,65 +2,209 @@
 
 import doctest
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent, indent
 
 import pytest
 import torch
-from blank import EXERCISES
+from blank import EXERCISES, parts
 from conftest import C, H, L
 
-import data
 from model import GPT, GPTConfig
 from prefix import Prefix
 from soft_prompt import SoftPrompt
+from storage.base import save_base
+from storage.tokenizers import save_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CLASSROOM = ROOT / "classroom"
+UTF8 = os.environ | {"PYTHONUTF8": "1"}
 
-# Blanks one exercise after the other and grades all up to it. One process imports torch and forks for each of them, so that each
-# imports the project anew, as it then is.
+# Puts version after version of a function into the place of the right one, and runs tests. All in one process, since importing
+# torch takes longer than all that: so the code object is swapped, which reaches every name that the function has.
 GRADE = """
-import json, os, sys
+import importlib, json, sys, textwrap
 from pathlib import Path
-import pytest, regex, safetensors.torch, tiktoken, torch
-torch.testing.assert_close(0, 0)  # the first call imports as much again
+import pytest
 
-sys.path.insert(0, "classroom")
+sys.path[:0] = [".", "classroom"]
 import blank
+import model, prefix, soft_prompt, train  # before any of them is blank
 
 class Outcomes:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.failed:
-            failed[report.nodeid] = report.failed
+            crash = getattr(report.longrepr, "reprcrash", None)
+            outcomes[report.nodeid] = [exercises[report.nodeid], report.failed, crash.message if crash else str(report.longrepr)]
     def pytest_collection_modifyitems(self, items):
         for item in items:
             exercises[item.nodeid] = [int(mark.name[2:]) for mark in item.iter_markers() if mark.name.startswith("ex")]
 
+def grade(number, source, marked, files):
+    module = importlib.import_module(blank.EXERCISES[number].file[:-3])
+    *owner, name = blank.EXERCISES[number].function.split(".")
+    function = vars(getattr(module, owner[0]) if owner else module)[name]
+    function = getattr(function, "__func__", function)  # of a class method
+    function = getattr(function, "__wrapped__", function)  # under no_grad
+    found, right = {}, function.__code__
+    exec(compile(textwrap.dedent(source), f"exercise {number}", "exec"), vars(module), found)
+    function.__code__ = found[name].__code__
+    without = ["no:cacheprovider", "no:randomly", "no:unraisableexception"]  # the last collects garbage twice a session
+    pytest.main(["-qq", "--tb=line", *(f"-p{name}" for name in without), "-m", marked, *files], [Outcomes()])
+    function.__code__ = right
+
+found = {"blank": {}, "wrong": []}
 for number, exercise in blank.EXERCISES.items():
-    file = Path(exercise.file)
+    file, outcomes, exercises = Path(exercise.file), {}, {}
     before = file.read_bytes()
     blank.blank(number, force=True)
-    if not os.fork():
-        failed, exercises = {}, {}
-        files = [f"tests/test_{name}.py" for name in ("model", "prefix", "soft_prompt", "train")]
-        marked = " or ".join(f"ex{i}" for i in range(1, number + 1))
-        pytest.main(["-qq", "-p", "no:cacheprovider", "-m", marked, *files], [Outcomes()])
-        Path(f"{number}.json").write_text(json.dumps([(exercises[test], failed[test], test) for test in failed]))
-        os._exit(0)
-    os.wait()
+    _, head, stub, _ = blank.parts(exercise.file, exercise.function)
+    files = [f"tests/test_{name}.py" for name in ("graders", "model", "prefix", "soft_prompt", "train")]
+    grade(number, (head + stub).decode(), " or ".join(f"ex{i}" for i in range(1, number + 1)), files)
+    found["blank"][number] = outcomes
     blank.restore(number)
     assert file.read_bytes() == before
+for number, source in json.loads(Path("wrong.json").read_text(encoding="utf-8")):
+    outcomes, exercises = {}, {}
+    grade(number, source, f"ex{number}", ["tests/test_graders.py"])
+    found["wrong"].append(outcomes)
+Path("found.json").write_text(json.dumps(found), encoding="utf-8")
 """
+
+ROW_BY_ROW = """
+    exact, losses = [], []
+    for row in rows:
+        hidden, targets = target_hidden(model, batch_of([row], model.device), stacked_past_kv(adapters, model))
+        logits = hidden @ model.head.T
+        losses.append(F.cross_entropy(logits, targets).item())
+        exact.append(bool((logits.argmax(dim=-1) == targets).all()))
+    return sum(losses) / len(losses), exact"""
+
+# What students are likely to hand in: a sentence that they are shown, and the right solution with a part of it replaced.
+MISTAKES = {
+    1: [
+        ("The mask of a past?", ".tril(diagonal=S - T)", ".tril()"),
+        ("is it the other way round?", ".tril(diagonal=S - T)", ".triu(diagonal=S - T + 1)"),
+        ("numbers would be added", ", dtype=torch.bool", ""),
+        ("off by one?", "diagonal=S - T)", "diagonal=S - T + 1)"),
+    ],
+    2: [
+        ("is_causal=True", "attn_mask=mask)", "is_causal=True)"),
+        ("by √D", "attn_mask=mask)", "attn_mask=mask, scale=1.0)"),
+        ("The mask is not used", "attn_mask=mask)", ")"),
+        ("not 0", None, """
+            scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
+            mask = causal_mask(q.size(2), k.size(2), q.device)
+            return scores.masked_fill(~mask, 0).softmax(dim=-1) @ v"""),
+    ],
+    3: [
+        ("are those of past and new positions", "(y), (k, v)", "(y), (k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
+        ("not behind them", "behind(past, k, v)", "behind((k, v), *past) if past else (k, v)"),
+        ("heads and positions are mixed up", None, """
+            B, T, C = x.shape
+            q, k, v = (part.reshape(B, self.n_head, T, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
+            k, v = behind(past, k, v)
+            return self.c_proj(attend(q, k, v).transpose(1, 2).flatten(2)), (k, v)"""),
+        ("do not look at the past", "attend(q, k, v)", "attend(q, k[:, :, -x.size(1):], v[:, :, -x.size(1):])"),
+        ("c_proj is missing", "self.c_proj(y)", "y"),
+        ("swap H and T back", ".transpose(1, 2).flatten(2)", ".reshape(x.shape)"),
+    ],
+    4: [
+        ("is there no cache?", "past_kv = self.forward_embeddings(self.wte(new)", "_ = self.forward_embeddings(self.wte(idx)"),
+        ("do you take over the cache", "hidden, past_kv = self.forward", "hidden, _ = self.forward"),
+        ("read only what is new", "self.wte(new)", "self.wte(idx)"),
+        ("once done, it stays done", "new.masked_fill(done, stop_token)", "new"),
+        ("past_kv is not used", "self.forward_embeddings(self.wte(new), past_kv)", "self.forward_embeddings(self.wte(idx))"),
+    ],
+    5: [
+        ("return self", "return self.requires_grad_(False)", "self.requires_grad_(False)"),
+        ("eval() does not close them", "self.requires_grad_(False)", "self.eval()"),
+        ("no_grad and detach cut them off", None, """
+            self.requires_grad_(False).forward_embeddings = torch.no_grad()(self.forward_embeddings)
+            return self"""),
+        ("all of the model's are to be closed", None, "self.h.requires_grad_(False)\nreturn self"),
+    ],
+    6: [
+        ("with self.kv() they come through the MLP", "self.kv()", "self.start"),
+        ("k and v swapped?", "(k, v) for k, v", "(v, k) for k, v"),
+        ("Axes are mixed up", None, """
+            P, L, _, H, D = self.start.shape
+            return [(k, v) for k, v in self.kv().reshape(L, 2, 1, H, P, D)]"""),
+        ("the prefix behind it", "behind(past, *kv.expand(-1, B, -1, -1, -1))", "behind(tuple(kv), *past)"),
+        ("The past in front is lost", "if past_kv is None:", "if True:"),
+        ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
+        ("has the dtype of the model", ".to(model.dtype)", ""),
+    ],
+    7: [
+        ("The model wants a batch", "ids[None]", "ids"),
+        ("not P rows of one", "ids[None]", "ids[:, None]"),
+        ("not the cache itself", "return cls.from_cache(cache)", "return cache"),
+        ("in its order", "ids[None]", "ids[None].flip(1)"),
+    ],
+    8: [
+        ("zero weight and bias", "nn.init.zeros_(last.weight)", "pass"),
+        ("The start is held fixed", "self.start.requires_grad_(False)", "pass"),
+        ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **factory))", "torch.randn(P, H * D, **factory)"),
+        ("return self", "return self", "return None"),
+        ("a tanh", "nn.Tanh()", "nn.ReLU()"),
+    ],
+    9: [
+        ("The MLP is lost", "self.kv()", "self.start"),
+        ("makes a new prefix", None, "self.start.data, self.mlp = self.kv().detach(), None\nreturn self"),
+        ("not its numbers", "Prefix(self.kv())", "self.kv()"),
+    ],
+    10: [
+        ("hand it to the model", "(vectors, past_kv)", "(vectors, None if B == 1 else past_kv)"),
+        ("expand the vectors to B rows", ".expand(B, P, C)", "[None]"),
+        ("training learns nothing", "self.vectors.to", "self.vectors.detach().to"),
+        ("Positions are put in twice", "self.vectors.to(model.dtype)", "(self.vectors + model.wpe.weight[:P]).to(model.dtype)"),
+        ("returns the cache", "_, cache = model", "cache = model"),
+        ("do not only put it in front", None, """
+            B = past_kv[0][0].size(0) if past_kv else 1
+            _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, -1, -1))
+            front = past_kv or [tuple(t[:, :, :0] for t in kv) for kv in cache]
+            return [tuple(map(torch.cat, zip(*both), (2, 2))) for both in zip(front, cache)]"""),
+    ],
+    11: [
+        ("do not shift it again", None, """
+            hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)
+            scored = batch.targets[:, 1:] != IGNORE
+            return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""),
+        ("The past is not used", ", past_kv)", ")"),
+        ("Every position was picked", "hidden[scored], batch.targets[scored]", "hidden.flatten(0, 1), batch.targets.flatten()"),
+        ("Hidden states, not logits", "hidden[scored]", "hidden[scored] @ model.head.T"),
+    ],
+    12: [
+        ("a mean of means", None, ROW_BY_ROW),
+        ("in the order they came in", "exact[chunk[b]] = False", "exact[start + b] = False"),
+        ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
+        ("not if one of them is", None, ROW_BY_ROW.replace(".all()", ".any()")),
+    ],
+}
+
+
+def handed_in(number: int, old: str | None, new: str) -> str:
+    """-> the source of a wrong solution: the right one with a part of it replaced, or a body of its own."""
+    _, head, body, _ = (part.decode() for part in parts(EXERCISES[number].file, EXERCISES[number].function))
+    if old is None:
+        return head + indent(dedent(new).strip("\n"), body[: len(body) - len(body.lstrip())])
+    assert body.count(old) == 1, f"exercise {number}: {old!r} is not in the solution, once"
+    return head + body.replace(old, new)
+
+
+def copy_of_project(to: Path) -> Path:
+    return shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"))
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """A copy of the project that can be worked on."""
-    return shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"))
+    return copy_of_project(tmp_path / "copy")
 
 
 def blank(copy: Path, *flags) -> subprocess.CompletedProcess:
@@ -71,15 +215,33 @@ def refused(done: subprocess.CompletedProcess, message: str) -> bool:
     return done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(copy):
-    """Of the tests of all exercises up to it. So the tests of each exercise need that exercise, and none behind it."""
-    done = subprocess.run([sys.executable, "-c", GRADE], cwd=copy, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory) -> dict:
+    """-> the outcomes of the tests, with each function blank and with each mistake."""
+    copy = copy_of_project(tmp_path_factory.mktemp("graded") / "copy")
+    wrong = [(number, handed_in(number, old, new)) for number, mistakes in MISTAKES.items() for _, old, new in mistakes]
+    (copy / "wrong.json").write_text(json.dumps(wrong), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", GRADE], cwd=copy, capture_output=True, text=True, encoding="utf-8", env=UTF8)
     assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads((copy / "found.json").read_text(encoding="utf-8"))
+
+
+def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(graded):
+    """Of the tests of all exercises up to it. So the tests of each exercise need that exercise, and none behind it."""
     for number in EXERCISES:
-        outcomes = json.loads((copy / f"{number}.json").read_text())
-        wrong = [test for marked, failed, test in outcomes if failed != (marked == [number])]
+        outcomes = graded["blank"][str(number)]
+        wrong = [test for test, (marked, failed, _) in outcomes.items() if failed != (marked == [number])]
         assert not wrong, f"exercise {number}: {wrong}"
-        assert {n for marked, _, _ in outcomes for n in marked} == set(range(1, number + 1))
+        assert {n for marked, *_ in outcomes.values() for n in marked} == set(range(1, number + 1))
+
+
+def test_each_likely_mistake_is_noticed_and_named(graded):
+    """Three or more for each exercise, and a sentence at the head of a message for each."""
+    assert MISTAKES.keys() == EXERCISES.keys() and min(map(len, MISTAKES.values())) >= 3
+    expected = [(number, hint, new) for number, mistakes in MISTAKES.items() for hint, _, new in mistakes]
+    for (number, hint, new), outcomes in zip(expected, graded["wrong"], strict=True):
+        sentences = [message.split("\n")[0] for _, failed, message in outcomes.values() if failed]
+        assert any(hint in sentence for sentence in sentences), f"exercise {number}, {new}: {hint!r} is not in {sentences}"
 
 
 def test_a_blank_function_names_its_exercise_and_keeps_its_docstring(copy):
@@ -88,8 +250,8 @@ def test_a_blank_function_names_its_exercise_and_keeps_its_docstring(copy):
         assert f"pytest -m ex{number} grades it" in blank(copy, number, "--force").stdout
     assert refused(blank(copy, 4, "--force"), "exercise 4 is blank already")
     for file in {exercise.file for exercise in EXERCISES.values()}:
-        compile((copy / file).read_text(), file, "exec")
-        stubs = re.findall(r'"""\n +raise NotImplementedError\("Exercise (\d+): (.*)"\)\n', (copy / file).read_text())
+        compile((copy / file).read_text(encoding="utf-8"), file, "exec")
+        stubs = re.findall(r'"""\n +raise NotImplementedError\("Exercise (\d+): (.*)"\)\n', (copy / file).read_text(encoding="utf-8"))
         assert {(int(n), title) for n, title in stubs} == {(n, e.title) for n, e in EXERCISES.items() if e.file == file}
     for number in EXERCISES:
         blank(copy, "--restore", number)
@@ -104,15 +266,16 @@ def test_no_work_is_lost(copy):
     for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "the project"]):
         subprocess.run(["git", *command], cwd=copy, check=True)
     file = copy / "model.py"
-    whole = file.read_text()
+    whole = file.read_text(encoding="utf-8")
     for attempt in ("return self", "return None  # mine"):
         assert blank(copy, 5).returncode == 0
-        file.write_text(file.read_text().replace('raise NotImplementedError("Exercise 5: freezing")', attempt))
-        assert attempt in file.read_text() and refused(blank(copy, 1), changed)
-        assert blank(copy, "--restore", 5).returncode == 0 and file.read_text() == whole
+        mine = file.read_text(encoding="utf-8").replace('raise NotImplementedError("Exercise 5: freezing")', attempt)
+        file.write_text(mine, encoding="utf-8")
+        assert attempt in file.read_text(encoding="utf-8") and refused(blank(copy, 1), changed)
+        assert blank(copy, "--restore", 5).returncode == 0 and file.read_text(encoding="utf-8") == whole
     kept = sorted((copy / "out" / "exercises").iterdir())
     assert [path.name for path in kept] == ["ex5-attempt1.py", "ex5-attempt2.py"]
-    assert kept[0].read_text().endswith('"""\n        return self\n') and "# mine" in kept[1].read_text()
+    assert kept[0].read_text(encoding="utf-8").endswith('"""\n        return self\n') and "# mine" in kept[1].read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_done_is_said_in_one_sentence(copy):
@@ -121,12 +284,12 @@ def test_what_cannot_be_done_is_said_in_one_sentence(copy):
     assert refused(blank(copy, "--restore", 3), "exercise 3 is not blank")
     blank(copy, 7, "--force")
     file = copy / "prefix.py"
-    file.write_text(file.read_text().replace("def text(", "def words("))
+    file.write_text(file.read_text(encoding="utf-8").replace("def text(", "def words("), encoding="utf-8")
     assert refused(blank(copy, "--restore", 7), "prefix.py has no Prefix.text any more")
-    file.write_text("if\n" + file.read_text())
-    before = file.read_text()
+    file.write_text("if\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    before = file.read_text(encoding="utf-8")
     assert refused(blank(copy, "--restore", 7), "prefix.py line 1 is not Python")
-    assert file.read_text() == before and (copy / "out" / "exercises" / "ex7-solution.py").exists()
+    assert file.read_text(encoding="utf-8") == before and (copy / "out" / "exercises" / "ex7-solution.py").exists()
 
 
 def test_the_list_shows_every_exercise(copy):
@@ -164,9 +327,8 @@ def test_the_python_of_the_sheet_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     model = GPT(GPTConfig(257, 256, L, H, C)).freeze()
-    with data.replaced_directory("out/base") as new:
-        model.save_pretrained(new)
-        data.save_tokenizer(new, [])
+    save_base(model, "out/base")
+    save_tokenizer("out/base", [])
     Prefix(torch.randn(4, L, 2, H, C // H)).save("out/sentence/prefix")
     SoftPrompt(torch.randn(4, C)).save("out/sentence/soft_prompt")
     names = {}

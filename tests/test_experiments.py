@@ -2,8 +2,12 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import common
 import exp6_positions
 import pytest
 import torch
@@ -45,6 +49,46 @@ def test_the_two_bases_of_experiment_6_differ_in_positions_alone():
     for row, moved in zip(start.tolist(), anywhere.tolist()):
         assert [i for i in row if i != end] == [i for i in moved if i != end]
     assert {row.index(4) for row in anywhere.tolist() if 4 in row and 1 not in row} == {0, 1, 2, 3}  # its end stays visible
+
+
+def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
+    """exp8 prints «→», which cp1252 does not have: it shows another, and all that was measured is in the file."""
+    console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    command = [sys.executable, str(CLASSROOM / "exp8_forgetting.py"), "--quick", "--base", base, "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=console, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"| table ? sentence |" in done.stdout
+    assert len(json.loads((tmp_path / "out" / "quick" / "exp8_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
+
+
+def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("the console is gone")
+
+    for show in ("markdown", "figure"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the console is gone"):
+            patch.setattr(common, show, broken)
+            experiment("exp9_identities", base, tmp_path / show)
+        assert json.loads((tmp_path / show / "exp9_identities.json").read_text(encoding="utf-8"))["runs"]
+
+
+def test_quick_never_writes_over_what_was_measured(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("exp9_identities").main(["--quick", "--base", base, "--device", "cpu"])
+    assert (tmp_path / "out" / "quick" / "exp9_identities.json").exists()
+    with pytest.raises(ValueError, match="--quick measures nothing, and .*results holds what was measured"):
+        experiment("exp9_identities", base, common.RESULTS)
+
+
+def test_a_file_of_results_has_a_run_a_line(tmp_path):
+    found = {"question": "à → b?", "seeds": [0, 1], "runs": [{"seed": 0, "curve": [[0, 1.5]]}, {"seed": 1, "curve": []}]}
+    common.write_json(tmp_path / "found.json", found)
+    lines = (tmp_path / "found.json").read_text(encoding="utf-8").split("\n")
+    assert json.loads("".join(lines)) == found and '  {"seed": 1, "curve": []}' in lines and len(lines) == 9
+    for path in common.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        common.write_json(tmp_path / path.name, found)
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes().replace(b"\r\n", b"\n")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,345 @@
+"""What grades the exercises beside the tests of each file: mistakes that are often made, each with a sentence that names it.
+
+Sentences come first, torch's numbers after them. tests/test_exercises.py hands in wrong solutions, and looks for the sentence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import C, D, H, L, random_ids, random_model
+from torch import Tensor
+from torch.testing import assert_close
+
+from data import IGNORE, Row, batch_of
+from model import attend, causal_mask
+from prefix import Prefix
+from soft_prompt import SoftPrompt
+from train import evaluate, target_hidden
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def same(got: Any, expected: Any, hint: str) -> None:
+    assert_close(got, expected, msg=lambda numbers: f"{hint}\n\n{numbers}")
+
+
+def not_like(got: Tensor, mistakes: dict[str, Tensor]) -> None:
+    """Fails with the name of the mistake whose result this is."""
+    for hint, mistake in mistakes.items():
+        if got.shape == mistake.shape and torch.allclose(got, mistake):
+            pytest.fail(hint)
+
+
+def attempt(hint: str, function: Callable, *given: Any) -> Any:
+    """-> what the function returns. If it raises something, the sentence comes before that."""
+    try:
+        return function(*given)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        pytest.fail(f"{hint}\n\n{type(error).__name__}: {error}")
+
+
+@pytest.mark.ex1
+def test_mistakes_in_the_mask():
+    """Two queries behind a past of three."""
+    mask = attempt("causal_mask takes T, S and a device.", causal_mask, 2, 5, torch.device("cpu"))
+    assert mask.dtype == torch.bool, "The mask is of True and False: numbers would be added to the scores."
+    assert mask[0, 0], "True is where a query may look: is it the other way round?"
+    assert mask[1].all(), "The mask of a past? The last query sees every key, so the triangle ends in the lower right corner."
+    assert mask[0].tolist() == [True] * 4 + [False], "The first query sees the past and itself, no more: off by one?"
+
+
+@pytest.mark.ex2
+def test_mistakes_in_attention():
+    """Two queries behind a past of three, each mistake written out."""
+    q, k, v = random(1, H, 2, D), 3 * random(1, H, 5, D, seed=1), random(1, H, 5, D, seed=2)
+    y = attempt("attend takes q of (B, H, T, D), k and v of (B, H, S, D).", attend, q, k, v)
+    scores = q @ k.transpose(2, 3)
+    late = ~torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    upper_left = torch.ones(2, 5, dtype=torch.bool).triu(1)
+    right = (scores / D**0.5).masked_fill(late, -torch.inf)
+    not_like(y, {
+        "The mask of a past? is_causal=True and tril() without a diagonal put the triangle into the upper left corner.":
+            (scores / D**0.5).masked_fill(upper_left, -torch.inf).softmax(dim=-1) @ v,
+        "The mask is not used: a query sees the keys behind it.": (scores / D**0.5).softmax(dim=-1) @ v,
+        "Where a query may not look, its score is minus infinity before the softmax, not 0.":
+            (scores / D**0.5).masked_fill(late, 0).softmax(dim=-1) @ v,
+        "Masked after the softmax, the weights of a query do not sum to 1: put in minus infinity before it.":
+            (scores / D**0.5).softmax(dim=-1).masked_fill(late, 0) @ v,
+        "The scores are not divided by √D.": scores.masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
+        "The scores are divided by D, and should be by √D.": (scores / D).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
+        "The softmax goes over the keys, the last axis.": right.softmax(dim=-2) @ v,
+    })  # fmt: skip
+    same(y, right.softmax(dim=-1) @ v, "softmax(q·k / √D) v, with the mask: which part is missing?")
+
+
+@pytest.mark.ex3
+def test_mistakes_in_attention_with_a_past(model):
+    attention, x = model.h[0].attn, random(1, 3, C)
+    past = (random(1, H, 2, D, seed=1), random(1, H, 2, D, seed=2))
+    whole = attempt("forward takes (B, T, C) and a past of (keys, values).", attention.forward, x, past)
+    assert isinstance(whole, tuple) and len(whole) == 2, "forward returns two things: what was attended to, and (keys, values)."
+    y, kv = whole
+    q, k, v = (part.view(1, 3, H, D).transpose(1, 2) for part in attention.c_attn(x).split(C, dim=2))
+    for name, new, old, got in zip(("keys", "values"), (k, v), past, kv):
+        same(got.shape, (1, H, 5, D), f"The {name} that come out are those of past and new positions, (B, H, S, D).")
+        not_like(got, {f"The past goes in front of the new {name}, not behind them.": torch.cat([new, old], dim=2)})
+        same(got[:, :, :2], old, f"The past goes in front, as it is: are its {name} among the values, or changed?")
+        for other, part in {"queries": q, "keys": k, "values": v}.items():
+            if other != name:
+                not_like(got[:, :, 2:], {f"The {name} are the {other}: c_attn makes queries, keys, values, in this order.": part})
+        same(got[:, :, 2:], new, f"The {name} of heads and positions are mixed up: view as (B, T, H, D), then swap T and H.")
+    (seen, alone), project = (attend(q, *kv), attend(q, k, v)), attention.c_proj
+    not_like(y, {
+        "The queries do not look at the past: give attend all keys and values.": project(alone.transpose(1, 2).flatten(2)),
+        "c_proj is missing.": seen.transpose(1, 2).flatten(2),
+        "Heads and positions are mixed up at the end: swap H and T back before they are joined.": project(seen.reshape(1, 3, C)),
+    })  # fmt: skip
+    same(y, project(seen.transpose(1, 2).flatten(2)), "attend, then swap H and T back, join the heads, and c_proj.")
+
+
+@pytest.mark.ex4
+@pytest.mark.parametrize("behind", [0, 3])
+def test_mistakes_in_generation(model, behind):
+    """With no past and behind one of three positions: what is read, and what comes out."""
+    T, n, idx, read = 4, 4, random_ids(2, 4), []
+    past = model(random_ids(1, behind, seed=2))[1] if behind else None
+
+    def anew(past) -> Tensor:
+        ids = idx
+        for _ in range(n):
+            ids = torch.cat([ids, model(ids, past)[0][:, -1:].argmax(dim=-1)], dim=1)
+        return ids
+
+    hook = model.h[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].size(1)))
+    got = attempt("generate reads the prompt behind past_kv, then the new tokens.", model.generate, idx, n, past)
+    hook.remove()
+    same(got.shape, (2, T + n), "generate returns the prompt and all new tokens, (B, T + new).")
+    if behind:
+        not_like(got, {"past_kv is not used: read the prompt behind it.": anew(None)})
+    hint = "A token does not know those before it: do you take over the cache that each step returns, and read only what is new?"
+    same(got, anew(past), hint)
+    hint = "positions were read: is there no cache? Read the prompt once, then each new token once, but not the last"
+    assert sum(read) == T + n - 1, f"{sum(read)} {hint}: T + n - 1 = {T + n - 1}."
+
+
+@pytest.mark.ex4
+def test_mistakes_at_the_stop_token(model):
+    """Sampled, so that a row that goes on after its stop would show."""
+    idx, draw = random_ids(6, 3), lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    free = model.generate(idx, 12, temperature=2.0, generator=draw())
+    stop = free[0, 5].item()
+    got = attempt("With a stop_token, too.", lambda: model.generate(idx, 12, temperature=2.0, stop_token=stop, generator=draw()))
+    for row, unstopped in zip(got[:, 3:].tolist(), free[:, 3:].tolist()):
+        end = unstopped.index(stop) + 1 if stop in unstopped else len(unstopped)
+        assert set(row[end:]) <= {stop}, "A row that has stopped goes on: once done, it stays done, filled with the stop token."
+        assert row[:end] == unstopped[:end][: len(row)], "A stop in one row changes what stands before it, or another row."
+    stopped = model.generate(idx[:1], 12, stop_token=model.generate(idx[:1], 1)[0, -1].item())
+    assert stopped.size(1) == 4, "When every row is done, the loop ends."
+
+
+@pytest.mark.ex5
+def test_mistakes_in_freezing(model):
+    model.requires_grad_(True)
+    frozen = model.freeze()
+    assert frozen is model, "freeze returns the model itself: return self."
+    open_still = [name for name, p in model.named_parameters() if p.requires_grad]
+    hint = "Weights still take gradients: eval() does not close them, and all of the model's are to be closed."
+    assert not open_still, f"{hint} {open_still[0]} is open."
+    x = random(1, 3, C).requires_grad_()
+    hidden, cache = model.forward_embeddings(x)
+    passed = hidden.requires_grad and all(t.requires_grad for kv in cache for t in kv)
+    assert passed, "Gradients must still flow through the model, to what was fed in: no_grad and detach cut them off."
+
+
+def random_prefix(P: int = 3, seed: int = 1) -> Prefix:
+    return Prefix(random(P, L, 2, H, D, seed=seed))
+
+
+@pytest.mark.ex6
+def test_mistakes_in_the_cache_of_a_prefix(model):
+    prefix = random_prefix()
+    cache = attempt("past_kv takes self.kv() apart, (P, L, 2, H, D).", prefix.past_kv, model)
+    assert len(cache) == L, "The cache is a list with a pair (keys, values) for each layer."
+    for layer, pair in enumerate(cache):
+        for part, (name, got) in enumerate(zip(("keys", "values"), pair)):
+            same(got.shape, (1, H, 3, D), f"The {name} of a layer are (1, H, P, D).")
+            expected, other = (prefix.start[:, layer, i].transpose(0, 1)[None] for i in (part, 1 - part))
+            not_like(got, {"k and v swapped? Keys are at 0 of the third axis, values at 1.": other})
+            same(got, expected, "Axes are mixed up: permute (P, L, 2, H, D), for view and reshape only cut the numbers anew.")
+    assert all(t.requires_grad for kv in cache for t in kv), "No gradient reaches the prefix: detach and .data cut it off."
+
+
+@pytest.mark.ex6
+def test_the_cache_of_a_prefix_comes_through_its_mlp(model):
+    """Any MLP will do: one that gives ones and keeps its gradient."""
+    prefix = random_prefix()
+    prefix.inputs = torch.nn.Parameter(torch.ones_like(prefix.start))
+    prefix.mlp = torch.nn.Identity()
+    (k, _), *_ = prefix.past_kv(model)
+    not_like(k, {"The numbers are those of self.start: with self.kv() they come through the MLP, which never trains otherwise.":
+                 prefix.start[:, 0, 0].transpose(0, 1)[None]})  # fmt: skip
+    same(k, 1 + prefix.start[:, 0, 0].transpose(0, 1)[None], "The numbers of the cache are self.kv().")
+
+
+@pytest.mark.ex6
+def test_mistakes_behind_another_past(model):
+    """A past of one row and of two; a base in bfloat16."""
+    front, prefix = random_prefix(2, seed=2), random_prefix()
+    for B in (1, 2):
+        past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in front.past_kv(model)]
+        cache = attempt("A past of B rows: expand the prefix to B rows, then put it behind.", prefix.past_kv, model, past)
+        for (k, v), old, own in zip(cache, past, prefix.past_kv(model)):
+            not_like(k[:1], {"The past in front is lost.": own[0]})
+            behind = torch.cat([own[0], old[0][:1]], dim=2)
+            not_like(k[:1], {"The past that is given goes in front, and the prefix behind it.": behind})
+            for got, a, b in zip((k, v), old, own):
+                expected = torch.cat([a, b.expand(B, -1, -1, -1)], dim=2)
+                same(got, expected, "The past in front, the prefix behind it, for every row.")
+    (k, _), *_ = prefix.past_kv(random_model().bfloat16())
+    assert k.dtype == torch.bfloat16, "The cache has the dtype of the model: cast it."
+
+
+@pytest.mark.ex7
+def test_mistakes_in_a_prefix_from_text(model):
+    text, idx = random_ids(5, seed=1), random_ids(1, 4)
+    prefix = attempt("The model wants a batch: (P,) ids are one row, (1, P).", Prefix.text, model, text)
+    assert isinstance(prefix, Prefix), "text returns a Prefix, which from_cache makes of the cache, and not the cache itself."
+    hint = "The prefix has P rows, one a token: is the text one row of P ids, and not P rows of one?"
+    same(prefix.start.shape, (5, L, 2, H, D), hint)
+    one_by_one = [model(i[None, None])[1] for i in text]
+    apart = torch.stack([torch.stack([torch.stack(kv) for kv in cache])[:, :, 0, :, 0] for cache in one_by_one])
+    not_like(prefix.start, {"Each token was read alone: read the text at once, so that tokens see those before them.": apart})
+    both = model(torch.cat([text, idx[0]])[None])[0][:, 5:]
+    same(model(idx, prefix.past_kv(model))[0], both, "A prefix of a text acts as that text, all of it, in its order.")
+
+
+@pytest.mark.ex8
+def test_mistakes_in_the_mlp(model):
+    plain, prefix = random_prefix(), random_prefix()
+    through = attempt("reparametrise takes the width of the MLP.", prefix.reparametrise, 10)
+    assert through is prefix, "reparametrise returns the prefix itself: return self."
+    trained = {name for name, p in through.named_parameters() if p.requires_grad}
+    assert "start" not in trained, "The start is held fixed: close it to gradients, for only the MLP is to train."
+    assert "inputs" in trained, "The inputs are trained, too: make them an nn.Parameter."
+    same(through.inputs.shape, (3, C), "The inputs are a row of C numbers for each virtual token.")
+    same(through.kv(), plain.kv(), "At first the MLP changes nothing: zero weight and bias of its last layer.")
+    assert through.inputs.std() > 0.5, "The inputs are drawn from N(0, 1): equal rows would stay equal."
+    kinds = [type(part).__name__ for part in through.mlp]
+    assert kinds == ["Linear", "Tanh", "Linear"], f"The MLP is a layer, a tanh, and a layer: it is {', '.join(kinds)}."
+    widths = [tuple(part.weight.shape) for part in (through.mlp[0], through.mlp[2])]
+    same(widths, [(10, C), (L * 2 * C, 10)], "The MLP goes from C to mid_dim, and from there to L·2·C.")
+    like_start = {p.dtype for p in through.parameters()} == {plain.start.dtype}
+    assert like_start, "All parameters have the dtype, and the device, of self.start."
+    through.kv().sum().backward()
+    learns = through.mlp[2].weight.grad.abs().sum() > 0
+    assert learns, "The MLP gets no gradient: its first layer must not be zero, nor its output cut off."
+
+
+@pytest.mark.ex9
+def test_mistakes_in_baking():
+    through = random_prefix().reparametrise(10)
+    torch.nn.init.normal_(through.mlp[2].weight, generator=torch.Generator().manual_seed(0))
+    start, kv = through.start.detach().clone(), through.kv().detach()
+    baked = attempt("bake makes a Prefix of numbers.", through.bake)
+    assert isinstance(baked, Prefix), "bake returns a Prefix, not its numbers."
+    assert baked is not through and through.mlp is not None, "bake makes a new prefix, and leaves this one as it is."
+    same(through.start, start, "bake makes a new prefix, and leaves this one as it is.")
+    assert baked.mlp is None, "The baked prefix has no MLP: its numbers are what the MLP gave."
+    not_like(baked.start, {"The MLP is lost: bake self.kv(), and not self.start.": start})
+    same(baked.start, kv, "The baked numbers are self.kv().")
+    assert baked.start.requires_grad and baked.start.is_leaf, "The baked numbers are a parameter of their own."
+
+
+def random_prompt(P: int = 3) -> SoftPrompt:
+    return SoftPrompt(random(P, C, seed=1))
+
+
+@pytest.mark.ex10
+def test_mistakes_in_the_cache_of_a_soft_prompt(model):
+    prompt = random_prompt()
+    cache = attempt("The model wants (B, P, C): the vectors are a batch of one.", prompt.past_kv, model)
+    a_cache = isinstance(cache, list) and len(cache) == L
+    assert a_cache, "past_kv returns the cache alone: forward_embeddings returns hidden states, and the cache."
+    same(cache[0][0].shape, (1, H, 3, D), "Without a past in front, the vectors are one row, (1, P, C).")
+    twice = model.forward_embeddings(prompt.vectors[None] + model.wpe.weight[:3])[1]
+    not_like(cache[0][0], {"Positions are put in twice: forward_embeddings adds them.": twice[0][0]})
+    same(cache, model.forward_embeddings(prompt.vectors[None])[1], "The vectors go through the model in place of embeddings.")
+    hint = "No gradient reaches the vectors: detach, .data or no_grad cuts it off, and training learns nothing."
+    assert all(t.requires_grad for kv in cache for t in kv), hint
+    (k, _), *_ = attempt("The vectors are cast to the dtype of the model.", prompt.past_kv, random_model().bfloat16())
+    assert k.dtype == torch.bfloat16, "The vectors are cast to the dtype of the model."
+
+
+@pytest.mark.ex10
+def test_mistakes_of_a_prompt_behind_another_past(model):
+    """A past of one row and of two: in front of the vectors, in every layer."""
+    prompt, text = random_prompt(), random_ids(2, seed=3)
+    for B in (1, 2):
+        past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in model(text[None])[1]]
+        cache = attempt("A past of B rows: expand the vectors to B rows.", prompt.past_kv, model, past)
+        not_like(cache[0][0], {"The past in front is lost: hand it to the model.": prompt.past_kv(model)[0][0]})
+        vectors = torch.cat([model.wte(text), prompt.vectors]).expand(B, -1, -1)
+        expected = model.forward_embeddings(vectors)[1]
+        moved = torch.cat([past[1][0], prompt.past_kv(model)[1][0].expand(B, -1, -1, -1)], dim=2)
+        not_like(cache[1][0], {"The vectors do not see the past: run the model behind it, do not only put it in front.": moved})
+        same(cache, expected, "The vectors are read behind the past, which stays in front of them.")
+
+
+@pytest.mark.ex11
+def test_mistakes_at_target_positions(model):
+    rows = [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9]), Row([5, 4], [3])]
+    batch, past = batch_of(rows, model.device), model(random_ids(1, 4))[1]
+    hint = "hidden states of (B, T, C), then a choice among (B, T)."
+    hidden, targets = attempt(f"target_hidden returns two tensors: {hint}", target_hidden, model, batch, past)
+    assert len(targets) != batch.targets.numel(), "Every position was picked: only those whose target is not IGNORE are scored."
+    assert not (targets == IGNORE).any(), "A position that is not scored was picked: take those whose target is not IGNORE."
+    hint = "The targets are those of batch.targets, in its order: a batch is shifted already, so do not shift it again."
+    same(targets, torch.tensor([4, 5, 7, 8, 9, 3]), hint)
+    same(hidden.shape, (6, C), "Hidden states, not logits: (N, C), one for each target.")
+    everywhere = model.forward_embeddings(model.wte(batch.idx), past)[0]
+    where = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 1)]
+    alone = model.forward_embeddings(model.wte(batch.idx))[0]
+    not_like(hidden, {"The past is not used: read the batch behind past_kv.": torch.stack([alone[at] for at in where])})
+    same(hidden, torch.stack([everywhere[at] for at in where]), "Each target's hidden state stands where its target stands.")
+
+
+@pytest.mark.ex12
+def test_mistakes_in_exact_match(model):
+    """Rows in an order that is not that of their lengths, some right altogether, some only at their first or last token."""
+    def said(source: list[int], n: int) -> list[int]:
+        ids = list(source)
+        for _ in range(n):
+            ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+        return ids[len(source) :]
+
+    def other(token: int) -> int:
+        return (token + 1) % 61
+
+    a, b, c = said([1, 2, 3, 4], 3), said([5], 2), said([6, 7], 1)
+    rows = [Row([1, 2, 3, 4], a), Row([5], [b[0], other(b[1])]), Row([6, 7], c)]
+    rows.append(Row([8, 9, 10], [other(said([8, 9, 10], 1)[0]), 5]))
+    first_wrong = other(said([11], 1)[0])
+    rows.append(Row([11], [first_wrong, *said([11, first_wrong], 1)]))
+    loss, exact = attempt("evaluate returns the loss and, for each row, whether it is right.", evaluate, model, [], rows, 2)
+    right = [True, False, True, False, False]
+    order = sorted(range(5), key=lambda i: len(rows[i].source) + len(rows[i].target))
+    hint = "The answers are in the order that the rows were sorted to: give them back in the order they came in."
+    assert exact != [right[i] for i in order], hint
+    assert exact[1:2] != [True], "A row is right if all of its positions are, not if one of them is: the last is wrong here."
+    assert exact[4:] != [True], "A row is right if all of its positions are, not if the last of them is: the first is wrong here."
+    assert any(exact), "No row is right: are positions counted whose target is IGNORE?"
+    hint = "A row is right if, at each of its target positions, the likeliest token is the target."
+    assert exact == right, f"{hint} You have {exact}."
+    one_by_one = [evaluate(model, [], [row], 1)[0] for row in rows]
+    n = [len(row.target) for row in rows]
+    hint = "The loss is a sum over tokens, divided once by their number: a mean of means gives short rows too much weight."
+    assert loss == pytest.approx(sum(value * k for value, k in zip(one_by_one, n)) / sum(n), rel=1e-5), hint
+    prefix = random_prefix()
+    hint = "The adapters are not used: their cache is the past of every batch."
+    assert evaluate(model, [prefix], rows, 2)[0] != pytest.approx(loss, rel=1e-3), hint
