@@ -79,7 +79,8 @@ def check_place(directory: Path, training: dict[str, Any]) -> None:
         before = read_json(directory / TRAINING) if TRAINING in found else {}
         who = {key: before.get(key) for key in ("method", "task", "data", "base")}
         if who != {key: training[key] for key in who}:
-            what = "{method} trained for {task} ({data}) on {base}".format(**who) if before else f"{found[0]} of unknown training"
+            what = "{method} trained for {task}".format(**who) if before else f"{found[0]} of unknown training"
+            what += f" ({who['data']})" * bool(who["data"]) + f" on {who['base']}" * bool(who["base"])
             raise ValueError(f"{directory} holds {what}, which is not overwritten: name another --out")
 
 

@@ -425,7 +425,7 @@ def test_the_first_run_makes_the_base_and_the_next_one_finds_it(tmp_path, monkey
     small = ["--steps", "1", "--device", "cpu", "--batch-size", "2", "--task", "sentiment"]
     train.main([*small, "--seed", "3", "--lr", "0.1"])
     made = files_in(tmp_path / "out" / "base")
-    assert set(made) == {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+    assert set(made) == {"config.json", "model.safetensors", "vocab.json", "merges.txt", "training.json"}
     assert "pretraining the small base, once, into out" in capsys.readouterr().out
     train.main([*small, "--method", "soft_prompt"])
     assert "pretraining" not in capsys.readouterr().out and files_in(tmp_path / "out" / "base") == made
@@ -798,10 +798,10 @@ def test_a_base_is_never_overwritten(base, tmp_path):
     """Neither by an adapter, nor by a tuned model, nor by another base."""
     shutil.copytree(base, tmp_path / "base")
     for flags in (["prefix"], ["soft_prompt"], ["full"]):
-        refused(base, tmp_path, "holds config.json of unknown training, which is not overwritten", "--method", *flags, out=tmp_path / "base")
+        refused(base, tmp_path, "holds pretrain trained for the restaurant world, which is not overwritten", "--method", *flags, out=tmp_path / "base")
     flags = ["--method", "pretrain", "--device", "cpu", "--out", str(tmp_path / "base")]
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match="holds config.json already, and a base is not overwritten: name another --out"):
+    with pytest.raises(ValueError, match="holds a model already, and a base is not overwritten: name another --out"):
         train.main(flags)
     assert files_in(tmp_path) == before
 
@@ -817,7 +817,7 @@ def test_an_adapter_is_never_overwritten_by_another_training(base, tmp_path):
         refused(base, tmp_path, who, *flags, out=tmp_path / "out")
     refused(str(tmp_path / "base"), tmp_path, who, "--data", Path(base).parent / "forty.jsonl", out=tmp_path / "out")
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match="holds adapter_config.json already, and a base is not overwritten"):
+    with pytest.raises(ValueError, match="holds prefix trained for forty .*, which is not overwritten"):
         train.main(["--method", "pretrain", "--device", "cpu", "--out", str(tmp_path / "out")])
     assert files_in(tmp_path) == before
     run(base, "--lr", "0.1", "--seed", "1", out=tmp_path / "out")  # the same training, with other settings
