@@ -330,6 +330,11 @@ def test_sampling_a_completion(base):
     assert prompted(base, *flags, "--top-k", "5") not in (greedy, sampled[0])
 
 
+def test_a_byte_of_a_prompt_that_is_no_character_counts_as_the_replacement(base):
+    """A shell hands it over as half of a surrogate pair."""
+    assert prompted(base, "--prompt", "a\udcffb") == prompted(base, "--prompt", "a\ufffdb")
+
+
 def test_every_adapter_flag_counts(base, tmp_path, monkeypatch):
     """Two flags with one adapter each are one flag with two, the foremost first."""
     model, used = load_base(base), []
