@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from model import GPT, Decoder, KVCache, causal_mask  # noqa: E402
+from model import GPT, Decoder, KVCache, attend, causal_mask  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
 from small_base.process import pick_device, say, start_process  # noqa: E402
 from storage.base import load_base  # noqa: E402
@@ -32,23 +33,22 @@ NAMES["full"] = "full fine-tuning"
 RESULTS, QUICK = Path(__file__).parent / "results", Path("out/quick")
 
 
-def attention(model: GPT, idx: Tensor, past_kv: KVCache | None = None) -> Tensor:
+def attention(model: Decoder, idx: Tensor, past_kv: KVCache | None = None) -> Tensor:
     """(B, T) ids -> (L, B, H, T, S) attention weights: what each new token looks at, the past included.
 
     Written out as in the textbook. The model itself hardly ever has these numbers: fused attention does not form them.
     """
-    queries = []
-    hooks = [block.attn.c_attn.register_forward_hook(lambda _, __, qkv: queries.append(qkv)) for block in model.h]
-    _, cache = model(idx, past_kv)
-    for hook in hooks:
-        hook.remove()
     weights = []
-    for qkv, (k, _) in zip(queries, cache):
-        B, _, S, D = k.shape
-        q = qkv[..., : model.config.n_embd].view(*idx.shape, -1, D).transpose(1, 2)  # (B, H, T, D)
-        scores = q @ k.transpose(2, 3) / D**0.5  # (B, H, T, S)
-        mask = causal_mask(idx.size(1), S, idx.device)
+
+    def noted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shared = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # heads of a Llama share their keys
+        scores = q @ shared.transpose(2, 3) / q.size(3) ** 0.5  # (B, H, T, S)
+        mask = causal_mask(q.size(2), k.size(2), q.device)
         weights.append(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1))
+        return attend(q, k, v)
+
+    with mock.patch.object(sys.modules[type(model.h[0].attn).__module__], "attend", noted):
+        model(idx, past_kv)
     return torch.stack(weights)
 
 

@@ -30,22 +30,25 @@ def test_attention_is_what_the_model_computes(model):
     """The weights written out, times the values, are the model's own fused attention; the past is part of it."""
     idx, past_kv = random_ids(2, 5), Prefix.text(model, random_ids(3, seed=1)).past_kv(model)
     weights = common.attention(model, idx, past_kv)
-    assert weights.shape == (L, 2, H, 5, 8)
-    assert_close(weights.sum(dim=-1), torch.ones(L, 2, H, 5, dtype=torch.float64))
+    n_head = model.config.n_head  # in the Llama, two share a head of keys and values
+    assert weights.shape == (L, 2, n_head, 5, 8)
+    assert_close(weights.sum(dim=-1), torch.ones(L, 2, n_head, 5, dtype=torch.float64))
     attended = []
-    hook = model.h[-1].attn.c_proj.register_forward_pre_hook(lambda _, inputs: attended.append(inputs[0]))
+    last = getattr(model.h[-1].attn, "c_proj", None) or model.h[-1].attn.o_proj
+    hook = last.register_forward_pre_hook(lambda _, inputs: attended.append(inputs[0]))
     _, cache = model(idx, past_kv)
     hook.remove()
-    assert_close((weights[-1] @ cache[-1][1]).transpose(1, 2).reshape(2, 5, C), attended[0])
+    values = cache[-1][1].repeat_interleave(n_head // H, dim=1)
+    assert_close((weights[-1] @ values).transpose(1, 2).flatten(2), attended[0])
 
 
-def test_what_is_kept_for_backward_is_counted_once_and_without_weights(model):
+def test_what_is_kept_for_backward_is_counted_once_and_without_weights(gpt2):
     """A product keeps its factors: the trained one, and not the frozen weight; views of one storage count once."""
     x = torch.ones(3, C, dtype=torch.float64, requires_grad=True)
-    weight = model.h[0].attn.c_proj.weight
-    assert common.kept_for_backward(model, lambda: (x @ weight).sum()) == 0
-    assert common.kept_for_backward(model, lambda: (x * x.view(3, C)).sum()) == 3 * C * 8
-    assert common.kept_for_backward(model, lambda: (2 * x).exp().sum()) == 3 * C * 8
+    weight = gpt2.h[0].attn.c_proj.weight
+    assert common.kept_for_backward(gpt2, lambda: (x @ weight).sum()) == 0
+    assert common.kept_for_backward(gpt2, lambda: (x * x.view(3, C)).sum()) == 3 * C * 8
+    assert common.kept_for_backward(gpt2, lambda: (2 * x).exp().sum()) == 3 * C * 8
 
 
 def test_the_effective_rank():

@@ -101,17 +101,20 @@ MISTAKES = {
             scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
             mask = causal_mask(q.size(2), k.size(2), q.device)
             return scores.masked_fill(~mask, 0).softmax(dim=-1) @ v"""),
+        ("heads of a Llama share", None, """
+            mask = causal_mask(q.size(2), k.size(2), q.device)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)"""),
     ],
     3: [
-        ("are those of past and new positions", "(y), (k, v)", "(y), (k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
+        ("are those of past and new positions", ".flatten(2)), (k, v)", ".flatten(2)), (k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
         ("not behind them", "behind(past, k, v)", "behind((k, v), *past) if past else (k, v)"),
         ("heads and positions are mixed up", None, """
             B, T, C = x.shape
             q, k, v = (part.reshape(B, self.n_head, T, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
             k, v = behind(past, k, v)
             return self.c_proj(attend(q, k, v).transpose(1, 2).flatten(2)), (k, v)"""),
-        ("do not look at the past", "attend(q, k, v)", "attend(q, k[:, :, -x.size(1):], v[:, :, -x.size(1):])"),
-        ("c_proj is missing", "self.c_proj(y)", "y"),
+        ("do not look at the past", "attend(q.contiguous(), k, v)", "attend(q, k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
+        ("c_proj is missing", "self.c_proj(y.transpose(1, 2).flatten(2))", "y.transpose(1, 2).flatten(2)"),
         ("swap H and T back", ".transpose(1, 2).flatten(2)", ".reshape(x.shape)"),
     ],
     4: [
@@ -227,10 +230,12 @@ def graded(tmp_path_factory) -> dict:
 
 
 def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(graded):
-    """Of the tests of all exercises up to it. So the tests of each exercise need that exercise, and none behind it."""
+    """Of the tests of all exercises up to it. So the tests of each exercise need that exercise, and none behind it. A test that
+    runs on both families may pass on the Llama, which has an attention of its own."""
     for number in EXERCISES:
         outcomes = graded["blank"][str(number)]
         wrong = [test for test, (marked, failed, _) in outcomes.items() if failed != (marked == [number])]
+        wrong = [test for test in wrong if outcomes[test][1] or "[llama" not in test]
         assert not wrong, f"exercise {number}: {wrong}"
         assert {n for marked, *_ in outcomes.values() for n in marked} == set(range(1, number + 1))
 
@@ -326,7 +331,10 @@ def test_the_python_of_the_sheet_runs(tmp_path, monkeypatch):
     """On a base and adapters of random numbers. The answer to M1 is true of those, too: a prefix is a set."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.manual_seed(0)
     model = GPT(GPTConfig(257, 256, L, H, C)).freeze()
+    for parameter in model.parameters():
+        parameter.data *= 10  # so that what stands in front makes a difference that rounding does not
     save_base(model, "out/base")
     save_tokenizer("out/base", [])
     Prefix(torch.randn(4, L, 2, H, C // H)).save("out/sentence/prefix")

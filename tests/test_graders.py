@@ -44,6 +44,12 @@ def attempt(hint: str, function: Callable, *given: Any) -> Any:
         pytest.fail(f"{hint}\n\n{type(error).__name__}: {error}")
 
 
+@pytest.fixture
+def model(gpt2):
+    """The exercises are on GPT-2; the tests of each file have the Llama, too."""
+    return gpt2
+
+
 @pytest.mark.ex1
 def test_mistakes_in_the_mask():
     """Two queries behind a past of three."""
@@ -76,6 +82,10 @@ def test_mistakes_in_attention():
         "The softmax goes over the keys, the last axis.": right.softmax(dim=-2) @ v,
     })  # fmt: skip
     same(y, right.softmax(dim=-1) @ v, "softmax(q·k / √D) v, with the mask: which part is missing?")
+    hint = "The heads of a Llama share keys and values: H/K heads of queries, next to each other, ask the same."
+    more = random(1, 2 * H, 2, D)
+    each = [part.repeat_interleave(2, dim=1) for part in (k, v)]
+    same(attempt(hint, attend, more, k, v), attend(more, *each), hint)
 
 
 @pytest.mark.ex3
