@@ -23,8 +23,6 @@ from model import GPT, Decoder, GPTConfig  # noqa: E402
 from small_base.process import start_process  # noqa: E402
 from small_base.world import task_examples  # noqa: E402
 
-start_process()
-
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
 D = C // H
 
@@ -52,6 +50,12 @@ def random_model(seed: int = 0, family: str = "gpt2") -> Decoder:
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process() -> None:
+    """torch as main sets it up."""
+    start_process()
 
 
 @pytest.fixture(params=["gpt2", "llama"])

@@ -70,7 +70,7 @@ def main() -> None:
         print(f"{len(names)} mutants", flush=True)
         for start in range(0, len(names), 200):
             printed = mutmut(copy, "run", "--max-children", args.children, *names[start : start + 200])
-            if "failed to" in printed:
+            if "failed to" in printed or "Traceback" in printed:
                 sys.exit(printed[-3000:])  # the tests do not pass as it is
             found = {name: outcomes(copy)[name] for name in names[: start + 200]}
             survived = [name for name, status in found.items() if status in (0, None, 33)]  # 33: no test meets it
