@@ -1,10 +1,10 @@
 """The same work here and in PEFT, side by side: same weights, same adapter, same batch, in one process, turn by turn.
 
-    python tests/benchmark.py             GPT-2 small and SmolLM2-135M of random weights, and the small base: tests/benchmark.json
-    python tests/benchmark.py --quick     the small base alone, a minute
-    python tests/benchmark.py --growth    how time and memory grow with P, T, B and the model; a figure, with matplotlib
+    python tests/benchmark.py                         the small base, GPT-2 small and SmolLM2-135M of random weights
+    python tests/benchmark.py --sizes 124M --P 5 100  some of it; other rows of tests/benchmark.json stay
+    python tests/benchmark.py --growth                how time and memory grow with P, T, B and the model; a figure, with matplotlib
 
-Needs the peers: pip install -r tests/requirements.txt. On a GPU: 124M and 1.5B, batch 32, into tests/benchmark-<gpu>.json.
+Needs the peers: pip install -r tests/requirements.txt. On a GPU: batches of 32, into tests/benchmark-<gpu>.json.
 A time is the median of 15 turns, of 5 for growth, in each of which all that is compared takes part. The *floor* is the time of
 just the matrix products that a step cannot avoid: what it takes beyond them is attention, norms, GELU, loss, AdamW and Python.
 """
@@ -14,6 +14,7 @@ import contextlib
 import io
 import itertools
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -319,6 +320,13 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def processor() -> str:
+    """-> what the processor calls itself: figures hold for one kind."""
+    if Path("/proc/cpuinfo").exists():
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    return platform.processor()
+
+
 def matmul_peak(dtype: torch.dtype) -> float:
     """-> the operations a second of a large square matrix product, the measure of what a step could reach."""
     n = 8192 if CUDA else 2048
@@ -328,28 +336,32 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the small base alone")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "124M", "135M"], help="(default: small 124M 135M)")
+    parser.add_argument("--P", nargs="+", type=int, default=[20], help="virtual tokens (default: 20)")
     parser.add_argument("--growth", action="store_true", help="growth in place of the comparison")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print(peak_of_this_process(*args.peak))
-    name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if CUDA else f"{processor()}, {torch.get_num_threads()} threads"
     path = Path(__file__).with_name(f"benchmark-{name.replace(' ', '-')}.json" if CUDA else "benchmark.json")
-    table, sizes = Table(), ["small"] if args.quick else ["small", "124M", "135M", "1.5B"] if CUDA else ["small", "124M", "135M"]
+    table = Table()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if args.growth:
-            grow(table, root, "small" if args.quick else "124M", ["small", "124M", "355M"][: 1 if args.quick else 3])
+            grow(table, root, "124M", ["small", "124M", "355M"])
         else:
             peaks = {dtype: matmul_peak(dtype) for dtype in (FLOAT32, BFLOAT16)}
-            for size in sizes:
+            for size in args.sizes:
                 make_base(root, size)
-                for method, P in itertools.product(("prefix", "soft_prompt"), (5, 20) if size == "small" else (5, 20, 100)):
+                for method, P in itertools.product(("prefix", "soft_prompt"), args.P):
                     compare(table, root, size, method, P, 32 if CUDA else 10, peaks)
-                compare_generation(table, root, size, P=5)
-    found = read_json(path) if path.exists() else {}
-    found |= {"device": name, "torch": torch.__version__, "growth" if args.growth else "comparison": table.rows}
+                compare_generation(table, root, size, P=20)
+    found, kind = read_json(path) if path.exists() else {}, "growth" if args.growth else "comparison"
+    if found.get("device") != name:
+        found = {"device": name, "torch": torch.__version__}  # figures of two machines are not mixed
+    measured = {row["what"] for row in table.rows}
+    found[kind] = [row for row in found.get(kind, []) if row["what"] not in measured] + table.rows
     write_json(path, found)
     if args.growth:
         draw(table.rows, path.with_suffix(".png"))
