@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> None:
                 band(axis, lengths, [experiment.measured(key, length=P, size=size) for P in lengths], name)
             axis.set(title=f"{size} examples", xlabel="virtual tokens", ylabel="loss, nats per token", xscale="log", yscale="log")
             axis.set_xticks(lengths, lengths)
-        axes[0][0].legend()
 
     header = ["virtual tokens", "numbers"]
     header += [f"{name}, {size} examples" for size in sizes for name in ("training loss", "validation loss")]

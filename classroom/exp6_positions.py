@@ -19,7 +19,7 @@ from torch import Tensor
 
 from small_base.pretrain import pretrain
 from small_base.process import run_command
-from train import RECIPES, evaluate, share
+from train import RECIPES, evaluate
 
 
 def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             for label, (P, method) in methods.items():
                 for seed in experiment.seeds:
                     run = experiment.tuned("sentence", method, seed, n_virtual=P, base=out)
-                    _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
-                    found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": share(exact)}
+                    found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": run.exact}
                     found["moved"], _ = evaluate(moved(frozen, P), [], run.rows["validation"], 50)
                     experiment.runs.append(found)
     for name in BASES:
@@ -72,7 +71,6 @@ def main(argv: list[str] | None = None) -> None:
             axis.set(title=title, xlabel="P", ylabel="validation loss, nats per token")
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(lengths, lengths)
-        axes[0][0].legend()
 
     experiment.report(["pretrained on", "measured", *methods], rows, draw, 2)
 
