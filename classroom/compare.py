@@ -51,9 +51,6 @@ class Task(NamedTuple):
     steps: int | None  # of every method, or its own
 
 
-# --------------------------------------------------------------------------------------------------------------- quality
-
-
 class Trials:
     """The tuning runs of a comparison. Each is done once: compare.json remembers it, and its adapter lies beside."""
 
@@ -156,9 +153,6 @@ def ensemble_match(model: Decoder, rows: list[Row], caches: list[KVCache], batch
     return share(hits)
 
 
-# ----------------------------------------------------------------------------------------------------------------- costs
-
-
 def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """-> the median milliseconds of each function; they take turns, so that a slow moment meets them all."""
     times = {name: [] for name in functions}
@@ -209,9 +203,6 @@ def costs(trials: Trials, task: Task, chosen: dict[str, dict]) -> dict[str, dict
     for cells in found.values():
         cells["token"] = (cells["many"] - cells["one"]) / (n_new - 1)
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------- the tables
 
 
 def size(n_bytes: float) -> str:

@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         for axis, (key, title) in zip(axes[0], [("moved", "frozen, moved by P"), ("loss", "behind a trained prefix of P")]):
             for name in BASES:
                 band(axis, lengths, [experiment.measured(key, base=name, method=f"P = {P}") for P in lengths], name)
-            axis.set(title=title, xlabel="P", ylabel="validation loss, nats per token")
-            axis.set(xscale="log", yscale="log")
+            axis.set(title=title, xlabel="P", ylabel="validation loss, nats per token", xscale="log", yscale="log")
             axis.set_xticks(lengths, lengths)
 
     experiment.report(["pretrained on", "measured", *methods], rows, draw, 2)
