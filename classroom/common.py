@@ -183,7 +183,7 @@ class Experiment:
     def __init__(self, file: str, doc: str, argv: list[str] | None):
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
-        add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
+        add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
         add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
         add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
         add("--seeds", type=int, default=3, help="(default: 3)")
@@ -213,7 +213,7 @@ class Experiment:
         base = base or self.args.base
         return load_tokenizer(base), load_base(base).to(self.device).freeze()
 
-    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = None, steps: int = 0, **own: Any) -> Run:
+    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = "", steps: int = 0, **own: Any) -> Run:
         """-> a run after its training, on 1000 examples of a task if no others are given."""
         examples = examples or train.load_examples(task, None, None, seed)
         examples = {split: some[: self.at_most] for split, some in examples.items()}

@@ -91,11 +91,8 @@ class Trials:
         self.steps_done += plan.steps
         record = {"task": task.name, "method": method, "seed": seed, "lr": plan.lr, "out": str(out), "frozen": frozen}
         self.records.append(record | {"validation": curve[-1][1], "curve": curve, "settings": settings})
-        self.save()
-        return self.records[-1]
-
-    def save(self) -> None:
         write_json(self.file, {"runs": self.records})
+        return self.records[-1]
 
 
 def best_rate(trials: Trials, task: Task, method: str) -> float:
@@ -124,7 +121,7 @@ def score(trials: Trials, task: Task, record: dict) -> None:
     record["loss_frozen"], exact_frozen = evaluate(frozen, [], rows["test"], trials.batch_size)
     record["loss"], exact = evaluate(model, adapters, rows["test"], trials.batch_size)
     record["exact_match"], record["exact_match_frozen"] = share(exact), share(exact_frozen)
-    trials.save()
+    write_json(trials.file, {"runs": trials.records})
 
 
 def steps_to_gain(record: dict, part: float = 0.9) -> int | None:
@@ -212,7 +209,7 @@ def size(n_bytes: float) -> str:
 def cost_table(found: dict[str, dict]) -> str:
     header = ["method", "numbers trained", "stored", "share of the base", "on disk", "context used", "kept for backward"]
     header += ["gradients", "optimizer", "ms a step", "of full", "ms to fill its cache", "ms a token, against none"]
-    rows = []
+    rows, none = [], found["none"]["token"]
     for method, c in found.items():
         row = [NAMES[method]]
         if c["trained"]:
@@ -221,7 +218,7 @@ def cost_table(found: dict[str, dict]) -> str:
             row += [f"{c['step']:.1f}", f"{c['step'] / found['full']['step']:.2f}"]
         else:
             row += ["–"] * 10
-        row += [f"{c['prefill']:.2f}" if c["context"] else "–", f"{c['token']:.2f}, {c['token'] / found['none']['token']:.2f} ×"]
+        row += [f"{c['prefill']:.2f}" if c["context"] else "–", f"{c['token']:.2f}, {c['token'] / none:.2f} ×"]
         rows.append(row)
     return markdown(header, rows)
 
@@ -246,7 +243,7 @@ def draw_curves(axes, chosen: dict[str, dict[str, list[dict]]]) -> None:
     for axis, (task, methods) in zip(axes[0], chosen.items()):
         for method, records in methods.items():
             steps = [step for step, _ in records[0]["curve"]]
-            band(axis, steps, list(zip(*([max(loss, 1e-5) for _, loss in record["curve"]] for record in records))), NAMES[method])
+            band(axis, steps, list(zip(*([max(loss, 1e-5) for _, loss in r["curve"]] for r in records))), NAMES[method])
         axis.set(title=task, xlabel="step", ylabel="validation loss, nats per token", yscale="log")
 
 
@@ -256,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--task", nargs="+", choices=TASKS, default=DEFAULT_TASKS, help=f"embedded tasks (default: {' '.join(DEFAULT_TASKS)})")
     add("--data", metavar="FILE", help="your own examples instead")
     add("--val-data", metavar="FILE", help="and those to evaluate on (default: a tenth of --data)")
-    add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
+    add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--steps", type=int, help="of every method (default: 150, of the task shifted 600)")
     add("--lr", type=float, help="of every method (default: its best)")

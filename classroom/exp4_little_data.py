@@ -2,8 +2,8 @@
 
     python classroom/exp4_little_data.py
 
-Both methods on 10, 50, 100 and 500 examples of the task chat: three random subsets of each size, each with two seeds of the order
-and the start, and always the same held-out examples. Both train for 150 steps at the learning rates that are best with 1000
+Both methods on 10, 50, 100 and 500 examples of the task chat: three random subsets of each size, two seeds of order and start
+for each, and always the same held-out examples. Both train for 150 steps at the learning rates that are best with 1000
 examples.
 """
 

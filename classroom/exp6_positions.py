@@ -4,8 +4,8 @@
 
 Virtual tokens take the positions 0 … P-1, so the text moves to P and beyond. Two small bases are pretrained on windows of one
 document each, padded with the end of text: in the one, all documents start at position 0; in the other, anywhere in the window.
-That is their only difference. What does it cost each of them, frozen, that the text of the task sentence is moved by P positions,
-with nothing in front? And what does a trained prefix of P tokens make of it? Full fine-tuning moves nothing.
+That is their only difference. What does it cost each of them, frozen, to have the text of the task sentence moved by P
+positions, with nothing in front? And what does a trained prefix of P tokens make of it? Full fine-tuning moves nothing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator
 
 
 def anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """(N,) ids -> (n, length): the same, each document moved to the right as far as there is room for it and its end, or less."""
+    """(N,) ids -> (n, length): the same, each document moved to the right, at most so far that its end still shows."""
     windows = at_the_start(stream, n, length, generator)
     room = (windows == stream.max()).sum(dim=1, keepdim=True)
     moves = (torch.rand(n, 1, generator=generator) * room).long()

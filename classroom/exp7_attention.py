@@ -2,8 +2,8 @@
 
     python classroom/exp7_attention.py
 
-The share of its attention that the text pays to the virtual tokens, a₀, by layer and head, before and after training on the task
-chat, the mean over 50 validation examples. All else that the text attends to is scaled by 1 - a₀.
+The share of its attention that the text pays to the virtual tokens, a₀, by layer and head, before and after training on the
+task chat, the mean over 50 validation examples. All else that the text attends to is scaled by 1 - a₀.
 """
 
 import torch
