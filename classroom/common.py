@@ -119,7 +119,7 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
 
 
 def figure(path: Path, draw: Callable[[Any], None], columns: int, rows: int = 1) -> None:
-    """Draws into a grid of axes and saves it, or says how to get matplotlib."""
+    """Draws into a grid of axes, the first of which gets a legend, and saves it; or says how to get matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -127,6 +127,9 @@ def figure(path: Path, draw: Callable[[Any], None], columns: int, rows: int = 1)
         return
     figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     draw(axes)
+    first = axes[0][0]
+    if first.get_legend_handles_labels()[1] and not first.get_legend():
+        first.legend()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
     say(f"figure: {path}")
@@ -154,6 +157,7 @@ class Run(NamedTuple):
     plan: train.Plan
     start: float = 0.0  # validation loss before the first step
     loss: float = 0.0  # and after the last
+    exact: float = 0.0  # percentage of the validation rows that it then answers exactly
 
 
 def prepared(
@@ -179,7 +183,7 @@ class Experiment:
     def __init__(self, file: str, doc: str, argv: list[str] | None):
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
-        add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
+        add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
         add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
         add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
         add("--seeds", type=int, default=3, help="(default: 3)")
@@ -209,7 +213,7 @@ class Experiment:
         base = base or self.args.base
         return load_tokenizer(base), load_base(base).to(self.device).freeze()
 
-    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = None, steps: int = 0, **own: Any) -> Run:
+    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = "", steps: int = 0, **own: Any) -> Run:
         """-> a run after its training, on 1000 examples of a task if no others are given."""
         examples = examples or train.load_examples(task, None, None, seed)
         examples = {split: some[: self.at_most] for split, some in examples.items()}
@@ -217,10 +221,11 @@ class Experiment:
         run = prepared(base or self.args.base, self.device, examples, method, seed, steps=steps, **own)
         with contextlib.redirect_stdout(io.StringIO()):
             (_, start), *_, (_, loss) = train.tune(run.model, run.adapters, run.rows, run.plan)
+        _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
         seconds, settings = time.perf_counter() - self.begin, "".join(f", {key} {value}" for key, value in own.items())
         what = f"{task}, {method}{settings}, {len(examples['train'])} examples, seed {seed}"
         say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
-        return run._replace(start=start, loss=loss)
+        return run._replace(start=start, loss=loss, exact=train.share(exact))
 
     def measured(self, key: str, **where: Any) -> list[Any]:
         """-> one measured value of those runs that agree with `where`, a value a seed."""

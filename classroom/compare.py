@@ -17,6 +17,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from common import NAMES, Run, band, figure, finish, forward, gradients, kept_for_backward, load_base, markdown, prepared, ready
 from common import spread, write_json
+from torch import nn
 
 import train
-from data import Row, batch_of
+from data import Batch, Row, batch_of
 from model import Decoder, KVCache, rows_of
 from small_base.process import pick_device, run_command, say, start_process
 from small_base.world import TASKS
@@ -47,9 +49,6 @@ class Task(NamedTuple):
     data: str | None  # a file of the user's own, or an embedded task
     val_data: str | None
     steps: int | None  # of every method, or its own
-
-
-# --------------------------------------------------------------------------------------------------------------- quality
 
 
 class Trials:
@@ -92,11 +91,8 @@ class Trials:
         self.steps_done += plan.steps
         record = {"task": task.name, "method": method, "seed": seed, "lr": plan.lr, "out": str(out), "frozen": frozen}
         self.records.append(record | {"validation": curve[-1][1], "curve": curve, "settings": settings})
-        self.save()
-        return self.records[-1]
-
-    def save(self) -> None:
         write_json(self.file, {"runs": self.records})
+        return self.records[-1]
 
 
 def best_rate(trials: Trials, task: Task, method: str) -> float:
@@ -119,16 +115,13 @@ def score(trials: Trials, task: Task, record: dict) -> None:
     """Puts loss and exact match on the test data into the record of a chosen run, and those of the frozen base."""
     if "loss" in record:
         return
-    run = trials.load(task, record["method"], record["seed"])
-    model, adapters, tests = run.model, [], run.rows["test"]
-    record["loss_frozen"], exact_frozen = evaluate(model, [], tests, trials.batch_size)
-    if run.adapters:
-        adapters = load_adapters(record["out"], model)
-    else:
-        model = load_base(record["out"]).to(trials.device)
-    record["loss"], exact = evaluate(model, adapters, tests, trials.batch_size)
+    frozen, untrained, rows, *_ = trials.load(task, record["method"], record["seed"])
+    adapters = load_adapters(record["out"], frozen) if untrained else []
+    model = frozen if adapters else load_base(record["out"]).to(trials.device)
+    record["loss_frozen"], exact_frozen = evaluate(frozen, [], rows["test"], trials.batch_size)
+    record["loss"], exact = evaluate(model, adapters, rows["test"], trials.batch_size)
     record["exact_match"], record["exact_match_frozen"] = share(exact), share(exact_frozen)
-    trials.save()
+    write_json(trials.file, {"runs": trials.records})
 
 
 def steps_to_gain(record: dict, part: float = 0.9) -> int | None:
@@ -157,9 +150,6 @@ def ensemble_match(model: Decoder, rows: list[Row], caches: list[KVCache], batch
     return share(hits)
 
 
-# ----------------------------------------------------------------------------------------------------------------- costs
-
-
 def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """-> the median milliseconds of each function; they take turns, so that a slow moment meets them all."""
     times = {name: [] for name in functions}
@@ -171,6 +161,12 @@ def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[s
             if round >= 2:  # the first two warm up
                 times[name].append(1000 * (time.perf_counter() - begin))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def step(model: Decoder, adapters: list[nn.Module], batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    gradients(model, adapters, batch)
+    optimizer.step()
 
 
 def costs(trials: Trials, task: Task, chosen: dict[str, dict]) -> dict[str, dict]:
@@ -187,31 +183,23 @@ def costs(trials: Trials, task: Task, chosen: dict[str, dict]) -> dict[str, dict
         source = torch.tensor([rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
 
-        def step(model=model, adapters=adapters, batch=batch, optimizer=trained and torch.optim.AdamW(trained, lr=1e-9)) -> None:
-            optimizer.zero_grad()
-            gradients(model, adapters, batch)
-            optimizer.step()
-
         n_base = sum(p.numel() for p in model.parameters())
         found[method] = {"trained": n_trained, "stored": n_stored, "share": 100 * n_stored / n_base, "context": n_past}
-        found[method] |= {"gradients": 4 * n_trained, "optimizer": 8 * n_trained}  # float32; AdamW keeps two averages
-        found[method]["activations"] = kept_for_backward(model, lambda: forward(model, adapters, batch)) if trained else 0
+        found[method] |= {"gradients": 4 * n_trained, "optimizer": 8 * n_trained, "activations": 0}  # AdamW keeps two averages
         if trained:
+            found[method]["activations"] = kept_for_backward(model, partial(forward, model, adapters, batch))
             files = Path(chosen[method]["out"]).rglob("*model.safetensors")
             found[method]["disk"] = sum(file.stat().st_size for file in files)
-            steps[method] = step
-        one[method] = lambda model=model, source=source, past_kv=past_kv: model.generate(source, 1, past_kv)
-        many[method] = lambda model=model, source=source, past_kv=past_kv, n=n_new: model.generate(source, n, past_kv)
-        prefills[method] = torch.no_grad()(lambda model=model, adapters=adapters: stacked_past_kv(adapters, model))
+            steps[method] = partial(step, model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))
+        one[method] = partial(model.generate, source, 1, past_kv)
+        many[method] = partial(model.generate, source, n_new, past_kv)
+        prefills[method] = torch.no_grad()(partial(stacked_past_kv, adapters, model))
     for key, functions in {"step": steps, "prefill": prefills, "one": one, "many": many}.items():
         for method, ms in interleaved(functions, 15).items():
             found[method][key] = ms
     for cells in found.values():
         cells["token"] = (cells["many"] - cells["one"]) / (n_new - 1)
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------- the tables
 
 
 def size(n_bytes: float) -> str:
@@ -221,7 +209,7 @@ def size(n_bytes: float) -> str:
 def cost_table(found: dict[str, dict]) -> str:
     header = ["method", "numbers trained", "stored", "share of the base", "on disk", "context used", "kept for backward"]
     header += ["gradients", "optimizer", "ms a step", "of full", "ms to fill its cache", "ms a token, against none"]
-    rows = []
+    rows, none = [], found["none"]["token"]
     for method, c in found.items():
         row = [NAMES[method]]
         if c["trained"]:
@@ -230,7 +218,7 @@ def cost_table(found: dict[str, dict]) -> str:
             row += [f"{c['step']:.1f}", f"{c['step'] / found['full']['step']:.2f}"]
         else:
             row += ["–"] * 10
-        row += [f"{c['prefill']:.2f}" if c["context"] else "–", f"{c['token']:.2f}, {c['token'] / found['none']['token']:.2f} ×"]
+        row += [f"{c['prefill']:.2f}" if c["context"] else "–", f"{c['token']:.2f}, {c['token'] / none:.2f} ×"]
         rows.append(row)
     return markdown(header, rows)
 
@@ -255,9 +243,8 @@ def draw_curves(axes, chosen: dict[str, dict[str, list[dict]]]) -> None:
     for axis, (task, methods) in zip(axes[0], chosen.items()):
         for method, records in methods.items():
             steps = [step for step, _ in records[0]["curve"]]
-            band(axis, steps, list(zip(*([max(loss, 1e-5) for _, loss in record["curve"]] for record in records))), NAMES[method])
+            band(axis, steps, list(zip(*([max(loss, 1e-5) for _, loss in r["curve"]] for r in records))), NAMES[method])
         axis.set(title=task, xlabel="step", ylabel="validation loss, nats per token", yscale="log")
-    axes[0][0].legend()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -266,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--task", nargs="+", choices=TASKS, default=DEFAULT_TASKS, help=f"embedded tasks (default: {' '.join(DEFAULT_TASKS)})")
     add("--data", metavar="FILE", help="your own examples instead")
     add("--val-data", metavar="FILE", help="and those to evaluate on (default: a tenth of --data)")
-    add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or a name (default: {train.DEFAULT_BASE})")
+    add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--steps", type=int, help="of every method (default: 150, of the task shifted 600)")
     add("--lr", type=float, help="of every method (default: its best)")

@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
             for init in starts:
                 band(axis, rates, [experiment.measured("loss", method=method, init=init, lr=lr) for lr in rates], init)
             axis.set(title=name, xlabel="learning rate", ylabel="validation loss, nats per token", xscale="log", yscale="log")
-        axes[0][0].legend()
 
     header = ["method", "start", "loss at step 0", *(f"lr {lr:g}" for lr in rates), "effective rank after training"]
     experiment.report(header, rows, draw, 2)

@@ -2,8 +2,8 @@
 
     python classroom/exp2_length.py
 
-A prefix of 1, 2, 4 … 64 virtual tokens on the task chat, trained on 1000 examples and on 20: the loss on what it was trained on,
-and on what it was not. A longer prefix can only fit more; whether it should is what the second line says.
+A prefix of 1, 2, 4 … 64 virtual tokens on the task chat, trained on 1000 examples and on 20: the loss on these,
+and on others. A longer prefix can only fit more; whether it should is what the second line says.
 """
 
 from common import Experiment, band, spread
@@ -31,12 +31,11 @@ def main(argv: list[str] | None = None) -> None:
         row += [spread(experiment.measured(key, length=P, size=size), 4) for size in sizes for key in ("fitted", "loss")]
 
     def draw(axes) -> None:
-        for axis, size in zip(axes[0], sizes):
+        for axis, n in zip(axes[0], sizes):
             for key, name in [("fitted", "trained on"), ("loss", "validation")]:
-                band(axis, lengths, [experiment.measured(key, length=P, size=size) for P in lengths], name)
-            axis.set(title=f"{size} examples", xlabel="virtual tokens", ylabel="loss, nats per token", xscale="log", yscale="log")
+                band(axis, lengths, [experiment.measured(key, length=P, size=n) for P in lengths], name)
+            axis.set(title=f"{n} examples", xlabel="virtual tokens", ylabel="loss, nats per token", xscale="log", yscale="log")
             axis.set_xticks(lengths, lengths)
-        axes[0][0].legend()
 
     header = ["virtual tokens", "numbers"]
     header += [f"{name}, {size} examples" for size in sizes for name in ("training loss", "validation loss")]

@@ -4,8 +4,8 @@
 
 Virtual tokens take the positions 0 … P-1, so the text moves to P and beyond. Two small bases are pretrained on windows of one
 document each, padded with the end of text: in the one, all documents start at position 0; in the other, anywhere in the window.
-That is their only difference. What does it cost each of them, frozen, that the text of the task sentence is moved by P positions,
-with nothing in front? And what does a trained prefix of P tokens make of it? Full fine-tuning moves nothing.
+That is their only difference. What does it cost each of them, frozen, to have the text of the task sentence moved by P
+positions, with nothing in front? And what does a trained prefix of P tokens make of it? Full fine-tuning moves nothing.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from small_base.pretrain import pretrain
 from small_base.process import run_command
-from train import RECIPES, evaluate, share
+from train import RECIPES, evaluate
 
 
 def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
@@ -32,7 +32,7 @@ def at_the_start(stream: Tensor, n: int, length: int, generator: torch.Generator
 
 
 def anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """(N,) ids -> (n, length): the same, each document moved to the right as far as there is room for it and its end, or less."""
+    """(N,) ids -> (n, length): the same, each document moved to the right, at most so far that its end still shows."""
     windows = at_the_start(stream, n, length, generator)
     room = (windows == stream.max()).sum(dim=1, keepdim=True)
     moves = (torch.rand(n, 1, generator=generator) * room).long()
@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             for label, (P, method) in methods.items():
                 for seed in experiment.seeds:
                     run = experiment.tuned("sentence", method, seed, n_virtual=P, base=out)
-                    _, exact = evaluate(run.model, run.adapters, run.rows["validation"], 50)
-                    found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": share(exact)}
+                    found = {"base": name, "method": label, "seed": seed, "loss": run.loss, "exact": run.exact}
                     found["moved"], _ = evaluate(moved(frozen, P), [], run.rows["validation"], 50)
                     experiment.runs.append(found)
     for name in BASES:
@@ -69,10 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         for axis, (key, title) in zip(axes[0], [("moved", "frozen, moved by P"), ("loss", "behind a trained prefix of P")]):
             for name in BASES:
                 band(axis, lengths, [experiment.measured(key, base=name, method=f"P = {P}") for P in lengths], name)
-            axis.set(title=title, xlabel="P", ylabel="validation loss, nats per token")
-            axis.set(xscale="log", yscale="log")
+            axis.set(title=title, xlabel="P", ylabel="validation loss, nats per token", xscale="log", yscale="log")
             axis.set_xticks(lengths, lengths)
-        axes[0][0].legend()
 
     experiment.report(["pretrained on", "measured", *methods], rows, draw, 2)
 

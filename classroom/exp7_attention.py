@@ -2,14 +2,12 @@
 
     python classroom/exp7_attention.py
 
-The share of its attention that the text pays to the virtual tokens, a₀, by layer and head, before and after training on the task
-chat, the mean over 50 validation examples. All else that the text attends to is scaled by 1 - a₀.
+The share of its attention that the text pays to the virtual tokens, a₀, by layer and head, before and after training on the
+task chat, the mean over 50 validation examples. All else that the text attends to is scaled by 1 - a₀.
 """
 
-import statistics
-
 import torch
-from common import Experiment
+from common import Experiment, spread
 from inspect_adapter import virtual_share
 
 from small_base.process import run_command
@@ -37,9 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         for when in ("before", "after"):
             shares[name, when] = torch.tensor(experiment.measured("share", method=method, when=when))  # (seeds, L, H)
             for layer, heads in enumerate(shares[name, when].unbind(dim=1)):
-                means = heads.mean(dim=1).tolist()  # over the heads, a number a seed
                 cells = [f"{value:.0f}" for value in heads.mean(dim=0)]
-                rows.append([name, when, str(layer), *cells, f"{statistics.mean(means):.1f} [{min(means):.1f}–{max(means):.1f}]"])
+                rows.append([name, when, str(layer), *cells, spread(heads.mean(dim=1).tolist(), 1)])
 
     def draw(axes) -> None:
         for axis, ((name, when), share) in zip(axes[0], shares.items()):

@@ -2,7 +2,7 @@
 
     python classroom/exp9_identities.py
 
-Four equations, each side computed by the small base in float64, on validation examples; the largest deviation should be rounding:
+Four equations, each side computed by the small base in float64 on validation examples; deviations should be rounding:
 
     text         a prefix of a text's keys and values = that text in the context
     cache        a soft prompt's cache as a prefix = the soft prompt

@@ -56,35 +56,31 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
     P = past_kv[0][0].size(2)
     rows = encode(tokenizer, examples)
     check_lengths(examples, rows, model.config.block_size, P)
-    found: dict[str, Any] = {"task": task, "n_virtual": P}
 
     share = virtual_share(model, rows, past_kv)
-    found["share"] = share.tolist()
+    found: dict[str, Any] = {"share": share.tolist(), "effective_rank": [], "losses": {}}
     say(f"Attention that the text of {task} pays to the {P} virtual tokens, percent:\n")
     heads = [f"head {h}" for h in range(share.size(1))]
     say(markdown(["layer", *heads], [[str(layer), *(f"{100 * s:.1f}" for s in line)] for layer, line in enumerate(share)]))
 
     _, cache = model(torch.tensor([rows[0].source], device=model.device), past_kv)
     virtual, real = norms(cache, slice(0, P)), norms(cache, slice(P, None))
-    found["norms"] = {"virtual": virtual, "text": real}
     say("Length of keys and values, the mean over heads and positions:\n")
     lines = [[str(layer), *(f"{n:.2f}" for pair in zip(v, r) for n in pair)] for layer, (v, r) in enumerate(zip(virtual, real))]
     say(markdown(["layer", "virtual keys", "text's keys", "virtual values", "text's values"], lines))
 
     for adapter in adapters:
         matrix = adapter.vectors if isinstance(adapter, SoftPrompt) else adapter.kv().flatten(1)
-        found.setdefault("effective_rank", []).append(effective_rank(matrix))
+        found["effective_rank"].append(effective_rank(matrix))
         say(f"{type(adapter).__name__}: {len(matrix)} rows of effective rank {found['effective_rank'][-1]:.2f}")
         if isinstance(adapter, SoftPrompt):
             lengths, embedding = adapter.vectors.norm(dim=1), model.wte.weight.float().norm(dim=1).mean()
-            found["vector_norms"], found["embedding_norm"] = lengths.tolist(), embedding.item()
             say(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
             for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
                 near = [repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab]
                 say(f"vector {vector} is nearest to {' '.join(near)}")
 
     say("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
-    found["losses"] = {}
     for other in TASKS:
         examples = task_examples(other, "test", 50, 0)
         others = encode(tokenizer, examples)

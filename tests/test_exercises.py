@@ -166,7 +166,7 @@ MISTAKES = {
         ("expand the vectors to B rows", ".expand(B, P, C)", "[None]"),
         ("training learns nothing", "self.vectors.to", "self.vectors.detach().to"),
         ("Positions are put in twice", "self.vectors.to(model.dtype)", "(self.vectors + model.wpe.weight[:P]).to(model.dtype)"),
-        ("returns the cache", "_, cache = model", "cache = model"),
+        ("returns the cache", "(vectors, past_kv)[1]", "(vectors, past_kv)"),
         ("do not only put it in front", None, """
             B = past_kv[0][0].size(0) if past_kv else 1
             _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, -1, -1))
