@@ -97,5 +97,5 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from its last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume goes on from its last checkpoint, if one is left", file=sys.stderr)
         sys.exit(130)

@@ -87,7 +87,8 @@ def check_writable(directory: Path) -> None:
     """Makes a directory and a file in it. Raises ValueError if that fails: better before hours of training than after."""
     probe = directory / f".{secrets.token_hex(4)}.new"
     try:
-        replace_file(probe, b"")
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{directory} cannot be written to ({error.strerror}): name another place") from None
