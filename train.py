@@ -324,9 +324,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.prompt is None:
         return adapt(args, model, tokenizer, examples)
     adapters = [adapter for directory in args.adapter or [] for adapter in load_adapters(directory, model)]
-    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k}
-    sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    (completion,) = answers(model, adapters, tokenizer, [source_ids(tokenizer, args.prompt)], limit=256, **sampling)
+    sources, generator = [source_ids(tokenizer, args.prompt)], torch.Generator(device).manual_seed(args.seed)
+    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "generator": generator}
+    (completion,) = answers(model, adapters, tokenizer, sources, limit=256, **sampling)
     say(completion)
     return {"method": "prompt", "completion": completion}
 
@@ -344,7 +344,8 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     for split in rows:
         check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
     settings = settings_of(args, model, adapters, rows)
-    found = settings | {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
+    names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
+    found = settings | names  # becomes training.json
     places = [args.out / name for name in STACK] if len(adapters) > 1 else [args.out] * (args.method != "none")
     for place in places and [args.out, *places]:  # a stack does not move in with an adapter
         check_place(place, found)

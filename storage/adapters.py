@@ -18,8 +18,8 @@ from storage.files import read_json, read_tensors, saved_file, write_json, write
 # would need a text if it were not "RANDOM".
 CHECKED = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "modules_to_save": None}
 COMMON = CHECKED | {"auto_mapping": None, "inference_mode": True, "peft_version": "0.21.2", "revision": None}
-PROMPT = dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"))
-OWN = {"PREFIX_TUNING": {"prefix_projection": False, "init_weights": None}, "PROMPT_TUNING": PROMPT | {"prompt_tuning_init": "RANDOM"}}
+OWN = {"PREFIX_TUNING": {"prefix_projection": False, "init_weights": None}, "PROMPT_TUNING": {"prompt_tuning_init": "RANDOM"}}
+OWN["PROMPT_TUNING"] |= dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"))
 
 
 def write_adapter(directory: str | Path, peft_type: str, rows: Tensor, model: Decoder | None, sizes: dict[str, Any]) -> None:

@@ -47,17 +47,17 @@ def load_base(name_or_dir: str | Path) -> Decoder:
             if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old
                 name = names.get(without_prefix(key), key)
                 weights[name] = stored(name, tensor)
-    head = weights.get("lm_head.weight") if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
+    tied_head = None if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # torch names what is missing, unknown or of another shape
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{directory} does not hold the weights that its config.json asks for ({reason})") from None
-    if head is not None and not torch.equal(head, model.head):
+    if tied_head is not None and not torch.equal(tied_head, model.head):
         raise ValueError(f"{directory}: lm_head.weight differs from the embedding, and config.json says that the head is tied")
     for name, weight in weights.items():
         if weight.dtype not in FLOATS or not weight.isfinite().all():
-            raise ValueError(f"{directory}: {name} holds numbers that are not finite, or {weight.dtype}: save or download it again")
+            raise ValueError(f"{directory}: {name} holds numbers that are not finite {weight.dtype}: save or download it again")
     return model
 
 
