@@ -320,7 +320,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
     if processes > 1:
         dist.barrier()
-    tokenizer, model = load_tokenizer(args.base), load_base(args.base).to(device, args.dtype and getattr(torch, args.dtype)).freeze()
+    tokenizer, model = load_tokenizer(args.base), load_base(args.base)
+    model = model.to(device, args.dtype and getattr(torch, args.dtype)).freeze()
     if args.prompt is None:
         return adapt(args, model, tokenizer, examples)
     adapters = [adapter for directory in args.adapter or [] for adapter in load_adapters(directory, model)]
