@@ -12,10 +12,8 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,9 +61,6 @@ RECIPES = {
     "pretrain": Recipe((), 0, 2e-2, 350),
 }
 
-# --------------------------------------------------------------------------------------------------------- the objective
-
-
 def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None:
     """Adapters, the foremost first -> the cache of them all: each one is computed behind those before it."""
     past_kv = None
@@ -102,22 +97,17 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
     token is the target's. So one forward pass tells, and nothing need be generated.
     """
     past_kv = stacked_past_kv(adapters, model)
-    total, count, exact = 0.0, 0, [True] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].source) + len(rows[i].target))  # less padding
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    total, count, exact = 0.0, 0, torch.ones(len(rows), dtype=torch.bool)
+    lengths = torch.tensor([len(row.source) + len(row.target) for row in rows])
+    for chunk in lengths.argsort(stable=True).split(batch_size):  # rows of like length, for less padding
         batch = batch_of([rows[i] for i in chunk], model.device)
         hidden, targets = target_hidden(model, batch, past_kv)
         logits = (hidden @ model.head.T).float()  # (N, V)
         total += F.cross_entropy(logits, targets, reduction="sum").item()
         count += len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row that a scored position is in
-        for b in row_of[logits.argmax(dim=-1) != targets].unique().tolist():
-            exact[chunk[b]] = False
-    return total / count, exact
-
-
-# -------------------------------------------------------------------------------------------------------------- training
+        exact[chunk[row_of[logits.argmax(dim=-1) != targets].cpu()]] = False
+    return total / count, exact.tolist()
 
 
 class Plan(NamedTuple):
@@ -131,6 +121,10 @@ class Plan(NamedTuple):
     save_every: int
 
 
+class Diverged(ValueError):
+    """The loss is no number any more."""
+
+
 def tune(
     model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]], plan: Plan, checkpoint: Checkpoint | None = None
 ) -> Curve:
@@ -139,7 +133,7 @@ def tune(
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
     step, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
     if step == 0:
-        curve.append((0, validate(model, adapters, rows, plan)))
+        curve.append((0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
     say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {step}' if step else 'before the first step'}")
     progress, (rank, processes) = Progress(step, plan.steps), this_process()
     for step_rows in islice(shuffled_batches(rows["train"], plan.steps, plan.batch_size, plan.seed), step, None):
@@ -150,32 +144,16 @@ def tune(
         loss = loss_of(model, batch, stacked_past_kv(adapters, model), sum(len(row.target) for row in step_rows))
         loss.backward()
         sum_over_processes(loss, trainee)
-        check_finite(loss.item(), plan.lr)
         optimizer.step()
         step += 1
         if step % plan.eval_every == 0 or step == plan.steps:
-            curve.append((step, validate(model, adapters, rows, plan)))
+            curve.append((step, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
+        if not math.isfinite(losses := loss.item() + curve[-1][1]):
+            raise Diverged(f"the loss became {losses} with --lr {plan.lr:g}: lower it. What --out held before is untouched")
         progress.show(step, batch.idx.numel(), f"loss {loss:.3f}  validation {curve[-1][1]:.3f}")
         if checkpoint and rank == 0 and step % plan.save_every == 0 and step < plan.steps:
             checkpoint.save(trainee, optimizer, step, curve)
     return curve
-
-
-def validate(model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]], plan: Plan) -> float:
-    return check_finite(evaluate(model, adapters, rows["validation"], plan.batch_size)[0], plan.lr)
-
-
-class Diverged(ValueError):
-    """The loss is no number any more."""
-
-
-def check_finite(loss: float, lr: float) -> float:
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss became {loss} with --lr {lr:g}: lower it. What --out held before is untouched")
-    return loss
-
-
-# ---------------------------------------------------------------------------------------------------------------- set-up
 
 
 def load_examples(task: str, path: str | None, val_path: str | None, seed: int) -> dict[str, list[Example]]:
@@ -193,27 +171,31 @@ def load_examples(task: str, path: str | None, val_path: str | None, seed: int) 
 
 def new_adapters(
     kinds: tuple[type[nn.Module], ...], model: Decoder, tokenizer: tiktoken.Encoding, rows: list[Row],
-    P: int, init: str, init_text: str | None = None, seed: int = 0,
+    P: int, init: str, init_text: str | None = None, seed: int = 0, mid_dim: int | None = None,
 ) -> list[nn.Module]:  # fmt: skip
     """-> adapters of P tokens each, the foremost first, as training starts with them."""
     generator = torch.Generator().manual_seed(seed)
     if init == "random":
-        return [kind.random(model, P, generator) for kind in kinds]
-    if init == "zero":
-        return [kind.zero(model, P) for kind in kinds]
-    if init == "vocab":
+        adapters = [kind.random(model, P, generator) for kind in kinds]
+    elif init == "zero":
+        adapters = [kind.zero(model, P) for kind in kinds]
+    elif init == "vocab":
         counts = Counter(i for row in rows for i in row.source + row.target)
         frequent = torch.tensor([token for token, _ in counts.most_common(5000)], device=model.device)
-        return [kind.vocab(model, frequent, P, generator) for kind in kinds]
-    if init == "text":
+        adapters = [kind.vocab(model, frequent, P, generator) for kind in kinds]
+    elif init == "text":
         # By default the end of a training example, so that the input comes where a new document would
         text = tokenizer.encode_ordinary(init_text or "") or (rows[0].source + rows[0].target)[-len(kinds) * P :]
         text = torch.tensor(text * len(kinds) * P, device=model.device)  # as often as need be; each starts from its part
-        return [kind.text(model, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
-    adapters = load_adapters(init, model)
+        adapters = [kind.text(model, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
+    else:
+        adapters = load_adapters(init, model)
     if tuple(map(type, adapters)) != kinds:
         found, needed = (" and ".join(f"a {kind.__name__}" for kind in some) for some in (map(type, adapters), kinds))
         raise ValueError(f"--init {init} holds {found}, and --method trains {needed or 'no adapter'}")
+    if mid_dim:
+        torch.manual_seed(seed)
+        adapters[0].reparametrise(mid_dim)
     return adapters
 
 
@@ -235,20 +217,15 @@ def answers(
     """
     past_kv = stacked_past_kv(adapters, model)
     n_past = past_kv[0][0].size(2) if past_kv else 0
-    texts, end = [""] * len(sources), tokenizer.eot_token
-    for length in sorted({len(source) for source in sources}):
-        same = [i for i, source in enumerate(sources) if len(source) == length]
+    texts, end, lengths = [""] * len(sources), tokenizer.eot_token, torch.tensor([len(source) for source in sources])
+    for length in lengths.unique().tolist():
         room = max(1, min(limit, model.config.block_size + 1 - n_past - length))
-        for start in range(0, len(same), 32):
-            chunk = same[start : start + 32]
+        for chunk in (lengths == length).nonzero()[:, 0].split(32):
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
-            for i, row in zip(chunk, model.generate(idx, room, past_kv, stop_token=end, **sampling).tolist()):
-                answer = row[length : row.index(end, length)] if end in row[length:] else row[length:]
-                texts[i] = tokenizer.decode([token for token in answer if token < tokenizer.n_vocab])
+            new = model.generate(idx, room, past_kv, stop_token=end, **sampling)[:, length:]
+            for i, row in zip(chunk, new.tolist()):  # filled up with the end of text, once it has come
+                texts[i] = tokenizer.decode([token for token in row if token != end and token < tokenizer.n_vocab])
     return texts
-
-
-# ------------------------------------------------------------------------------------------------------ the command line
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -343,26 +320,34 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
     if processes > 1:
         dist.barrier()
-    tokenizer, model = load_tokenizer(args.base), load_base(args.base).to(device).freeze()
-    model = model.to(getattr(torch, args.dtype)) if args.dtype else model
+    tokenizer, model = load_tokenizer(args.base), load_base(args.base)
+    model = model.to(device, args.dtype and getattr(torch, args.dtype)).freeze()
     if args.prompt is None:
         return adapt(args, model, tokenizer, examples)
     adapters = [adapter for directory in args.adapter or [] for adapter in load_adapters(directory, model)]
-    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k}
-    sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    (completion,) = answers(model, adapters, tokenizer, [source_ids(tokenizer, args.prompt)], limit=256, **sampling)
+    sources, generator = [source_ids(tokenizer, args.prompt)], torch.Generator(device).manual_seed(args.seed)
+    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "generator": generator}
+    (completion,) = answers(model, adapters, tokenizer, sources, limit=256, **sampling)
     say(completion)
     return {"method": "prompt", "completion": completion}
 
 
 def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
     """Tunes, saves, and only then tests and shows -> what was measured. Whatever could fail is checked before."""
+    if args.method == "full":
+        if model.dtype.itemsize < 4:
+            raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
+        model.requires_grad_(True)
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
-    adapters = start_of(args, model, tokenizer, examples, rows)
+    how = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
+    adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *how)
+    past_kv = stacked_past_kv(adapters, model)
+    for split in rows:
+        check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
     settings = settings_of(args, model, adapters, rows)
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names  # becomes training.json
-    places = [] if args.method == "none" else [args.out / name for name in STACK] if len(adapters) > 1 else [args.out]
+    places = [args.out / name for name in STACK] if len(adapters) > 1 else [args.out] * (args.method != "none")
     for place in places and [args.out, *places]:  # a stack does not move in with an adapter
         check_place(place, found)
     if args.predict:
@@ -373,14 +358,12 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
     found["loss_frozen"], hits_frozen = evaluate(model, [], rows["test"], args.batch_size)
 
-    plan = Plan(args.steps, args.lr, args.batch_size, args.seed, args.eval_every, args.save_every)
     begin, checkpoint = time.perf_counter(), Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
-    found["curve"] = tune(model, adapters, rows, plan, checkpoint)
+    found["curve"] = tune(model, adapters, rows, Plan(*(getattr(args, name) for name in Plan._fields)), checkpoint)
     found["seconds_train"] = time.perf_counter() - begin
     if this_process()[0] > 0:  # one is enough for what remains
         return found
-    save(places, adapters, model, found)
-    checkpoint.file.unlink(missing_ok=True)
+    save(places, adapters, model, found, checkpoint)
     found["loss"], hits = evaluate(model, adapters, rows["test"], args.batch_size)
     found |= {"exact_match_frozen": share(hits_frozen), "exact_match": share(hits)}
     for place in places:
@@ -389,23 +372,6 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     say("         tuned   loss {loss:.3f}  exact match {exact_match:5.1f} %\n".format(**found))
     show(model, adapters, tokenizer, examples["test"], rows["test"], hits, args.predict)
     return found
-
-
-def start_of(
-    args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]], rows: dict[str, list[Row]]
-) -> list[nn.Module]:
-    """-> the adapters that the flags ask for; --method full opens the model instead. Raises ValueError if rows do not fit."""
-    if args.method == "full" and model.dtype.itemsize < 4:
-        raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
-    torch.manual_seed(args.seed)
-    flags = (args.n_virtual, args.init, args.init_text, args.seed)
-    adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *flags)
-    if args.mid_dim:
-        adapters[0].reparametrise(args.mid_dim)
-    past_kv = stacked_past_kv(adapters, model.requires_grad_(args.method == "full"))
-    for split in rows:
-        check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
-    return adapters
 
 
 def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]]) -> dict[str, Any]:
@@ -420,8 +386,8 @@ def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Modu
     return {flag: getattr(args, flag) for flag in flags} | own
 
 
-def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any]) -> None:
-    """Saves each adapter to its place, or the tuned model where there are none, and says how to use what was saved."""
+def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use what was saved."""
     for place, adapter in zip(places, adapters or [None]):
         write_json(place / TRAINING, found)
         if adapter:
@@ -429,6 +395,7 @@ def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: d
         else:
             copy_tokenizer(model.name, place)
             save_base(model, place, read_json(base_directory(model.name) / "config.json"))
+    checkpoint.file.unlink(missing_ok=True)
     use = f"--base {model.name} --adapter {found['out']}" if adapters else f"--base {found['out']}"
     if places:
         say(f'saved to {found["out"]}; use it with: python train.py {use} --prompt "…"\n')

@@ -83,7 +83,7 @@ class Trials:
             try:
                 curve = train.tune(model, adapters, rows, plan, checkpoint)
                 places = [out / name for name in train.STACK] if len(adapters) > 1 else [out]
-                train.save(places, adapters, model, settings | {"task": task.name, "out": str(out)})
+                train.save(places, adapters, model, settings | {"task": task.name, "out": str(out)}, checkpoint)
             except train.Diverged:
                 curve = [(plan.steps, float("inf"))]
             checkpoint.file.unlink(missing_ok=True)

@@ -103,11 +103,19 @@ def pretrain(
     length = model.config.block_size + 1
     if len(stream) < 10 * length:
         raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * length} to learn from")
+    generator = torch.Generator().manual_seed(seed)
+    loss = fit(model, (windows(stream, batch_size, length, generator).to(device) for _ in range(steps)), steps, lr)
+    if (out / "config.json").exists():
+        return say(f"{out} was made by another process meanwhile, and stays")
+    write_json(out / TRAINING, training | {"loss": loss})
+    save_tokenizer(out, merges)
+    save_base(model, out)
 
-    generator, progress = torch.Generator().manual_seed(seed), Progress(0, steps)
-    optimizers = optimizers_of(model, lr)
-    for step in range(steps):
-        tokens = windows(stream, batch_size, length, generator).to(device)  # (B, T + 1)
+
+def fit(model: GPT, batches: Iterable[Tensor], steps: int, lr: float) -> float:
+    """Trains a model to predict each next token of its batches, (B, T + 1) ids, one a step -> the last loss."""
+    optimizers, progress = optimizers_of(model, lr), Progress(0, steps)
+    for step, tokens in enumerate(batches):
         for optimizer, peak in optimizers:
             # warm-up, a plateau, and a straight line down over the last 30 %
             optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 30, (steps - step) / (0.3 * steps))
@@ -120,12 +128,7 @@ def pretrain(
         for optimizer, _ in optimizers:
             optimizer.step()
         progress.show(step + 1, tokens[:, 1:].numel(), f"loss {loss:.3f}")
-
-    if (out / "config.json").exists():
-        return say(f"{out} was made by another process meanwhile, and stays")
-    write_json(out / TRAINING, training | {"loss": loss.item()})
-    save_tokenizer(out, merges)
-    save_base(model, out)
+    return loss.item()
 
 
 def optimizers_of(model: GPT, lr: float) -> list[tuple[torch.optim.Optimizer, float]]:

@@ -90,12 +90,12 @@ def run_command(command: Callable[[], Any]) -> None:
         command()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sentence = "".join(c if c.isprintable() else " " for c in str(error))[:1000]  # a file's own words may be in it
+        if isinstance(error, RuntimeError) and ("memory" not in sentence or "illegal" in sentence):
+            raise  # a mistake of ours
         if isinstance(error, (MemoryError, RuntimeError)):
-            if isinstance(error, RuntimeError) and ("memory" not in sentence or "illegal" in sentence):
-                raise  # a mistake of ours
             sentence = f"the memory does not suffice: lower --batch-size or --n-virtual, or give --dtype bfloat16 ({sentence})"
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from its last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume goes on from its last checkpoint, if one is left", file=sys.stderr)
         sys.exit(130)

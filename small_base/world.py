@@ -1,7 +1,6 @@
-"""The restaurant world: records, the forms they are written in, and the tasks.
+"""The restaurant world, after E2E, the benchmark of the prefix-tuning paper: records, forms to write them in, and tasks.
 
-The small base lives in a world of restaurants, after E2E, the benchmark of the prefix-tuning paper. A record can be
-written in many forms, and the base learns to read one form and to write others:
+The base learns to read a record in one form and to write it in others:
 
 >>> record = Record("Palace", "Thai", "riverside", "cheap", 4)
 >>> FORMS["table"](record)
@@ -9,8 +8,7 @@ written in many forms, and the base learns to read one form and to write others:
 >>> FORMS["sentence"](record)
 'The Palace serves Thai food in the riverside area , asks cheap prices and is rated 4 of 5 .'
 
-No document ever says which form it wants. So the frozen base can do many things and does not know which one is asked;
-an adapter tells it. A task is a pair of forms:
+No document ever says which form it wants: that is what an adapter tells the frozen base. A task is a pair of forms:
 
 >>> TASKS["sentiment"]
 Task(tier='elicited', source='review', target='verdict')

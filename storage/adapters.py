@@ -14,24 +14,12 @@ from model import Decoder
 from storage.base import FLOATS, fingerprint
 from storage.files import read_json, read_tensors, saved_file, write_json, write_tensors
 
-COMMON = {
-    "task_type": "CAUSAL_LM",
-    "num_transformer_submodules": 1,
-    "auto_mapping": None,
-    "inference_mode": True,
-    "modules_to_save": None,
-    "peft_version": "0.21.2",
-    "revision": None,
-}
-OWN = {
-    "PREFIX_TUNING": {"prefix_projection": False, "init_weights": None},  # an MLP is baked in
-    "PROMPT_TUNING": {
-        "prompt_tuning_init": "RANDOM",  # what PEFT would do before loading these vectors; any other needs a text
-        "prompt_tuning_init_text": None,
-        "tokenizer_name_or_path": None,
-        "tokenizer_kwargs": None,
-    },
-}
+# What PEFT writes besides the sizes. A prefix's MLP is baked in; a prompt's init, which PEFT runs before it loads the vectors,
+# would need a text if it were not "RANDOM".
+CHECKED = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "modules_to_save": None}
+COMMON = CHECKED | {"auto_mapping": None, "inference_mode": True, "peft_version": "0.21.2", "revision": None}
+OWN = {"PREFIX_TUNING": {"prefix_projection": False, "init_weights": None}, "PROMPT_TUNING": {"prompt_tuning_init": "RANDOM"}}
+OWN["PROMPT_TUNING"] |= dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"))
 
 
 def write_adapter(directory: str | Path, peft_type: str, rows: Tensor, model: Decoder | None, sizes: dict[str, Any]) -> None:
@@ -58,8 +46,7 @@ def read_adapter(directory: str | Path, peft_type: str, model: Decoder | None) -
     """A PEFT directory -> (P, width) rows and its config. Raises ValueError for another kind, file or base."""
     directory = Path(directory)
     config = read_json(saved_file(directory, "adapter_config.json"))
-    expected = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "modules_to_save": None}
-    for key, value in expected.items():
+    for key, value in (CHECKED | {"peft_type": peft_type}).items():
         if config.get(key, value) != value:
             raise ValueError(f"{directory}: {key} is {config[key]!r}; only {value!r} can be loaded here")
     path = saved_file(directory, "adapter_model.safetensors")
@@ -77,8 +64,7 @@ def read_adapter(directory: str | Path, peft_type: str, model: Decoder | None) -
         raise ValueError(f"{path} holds numbers that are not finite: train or save it again")
     if model and (directory / "base.json").exists():
         base = read_json(directory / "base.json")
-        if base.get("fingerprint") != fingerprint(model):
-            trained_on = f"{base.get('base')} (fingerprint {base.get('fingerprint')})"
-            here = f"{model.name} ({fingerprint(model)})"
-            raise ValueError(f"{directory} was trained on {trained_on}, not on {here}: give that base, or train again")
+        if base.get("fingerprint") != (here := fingerprint(model)):
+            bases = f"{base.get('base')} (fingerprint {base.get('fingerprint')}), not on {model.name} ({here})"
+            raise ValueError(f"{directory} was trained on {bases}: give that base, or train again")
     return rows, config

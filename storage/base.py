@@ -19,10 +19,12 @@ FAMILIES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3
 # Our sizes under the names of config.json; what it says of every model here: of a foreign one, what differs is refused by
 # name; and our weights under the names of model.safetensors.
 GPT2_SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+GPT2_SIZES |= dict(layer_norm_epsilon="layer_norm_epsilon")
 GPT2_SAME = dict(model_type="gpt2", activation_function="gelu_new", n_inner=None, tie_word_embeddings=True)
 GPT2_SAME |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 LLAMA_SIZES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", head_dim="head_dim")
 LLAMA_SIZES |= dict(n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", n_inner="intermediate_size")
+LLAMA_SIZES |= dict(rms_norm_eps="rms_norm_eps")
 LLAMA_SAME = dict(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False, partial_rotary_factor=1.0)
 LLAMA_WEIGHTS = {r"^wte": "model.embed_tokens", r"^h\.": "model.layers.", r"^ln_f": "model.norm", r"\.attn\.": ".self_attn."}
 LLAMA_WEIGHTS |= {r"\.ln_1": ".input_layernorm", r"\.ln_2": ".post_attention_layernorm"}
@@ -39,25 +41,23 @@ def load_base(name_or_dir: str | Path) -> Decoder:
     with torch.device("meta"):
         model = GPT(config) if isinstance(config, GPTConfig) else Llama(config)
     model.name = str(name_or_dir)
-    found, weights = {}, {}
+    names, weights = {without_prefix(their_name(name, model)): name for name in model.state_dict()}, {}
     for file in shards(directory):
-        found |= {without_prefix(key): tensor for key, tensor in read_tensors(saved_file(directory, file)).items()}
-    for name, parameter in model.state_dict().items():
-        key = without_prefix(their_name(name, model))
-        if key not in found:
-            raise ValueError(f"{directory}: the weights have no {key}, which {config} asks for")
-        weights[name] = stored(name, found.pop(key))
-        shape, dtype = tuple(weights[name].shape), weights[name].dtype
-        if shape != parameter.shape or dtype not in FLOATS:
-            raise ValueError(f"{directory}: {key} is {dtype} of shape {shape}, config.json asks for {tuple(parameter.shape)}")
-        if not weights[name].isfinite().all():
-            raise ValueError(f"{directory}: {key} holds numbers that are not finite: save or download it again")
-    if not torch.equal(found.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
+        for key, tensor in read_tensors(saved_file(directory, file)).items():
+            if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old
+                name = names.get(without_prefix(key), key)
+                weights[name] = stored(name, tensor)
+    tied_head = None if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # torch names what is missing, unknown or of another shape
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{directory} does not hold the weights that its config.json asks for ({reason})") from None
+    if tied_head is not None and not torch.equal(tied_head, model.head):
         raise ValueError(f"{directory}: lm_head.weight differs from the embedding, and config.json says that the head is tied")
-    unknown = [key for key in found if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq"))]  # buffers of old
-    if unknown:
-        raise ValueError(f"{directory}: the weights hold {unknown[0]}, which {config} does not have")
-    model.load_state_dict(weights, assign=True)
+    for name, weight in weights.items():
+        if weight.dtype not in FLOATS or not weight.isfinite().all():
+            raise ValueError(f"{directory}: {name} holds numbers that are not finite {weight.dtype}: save or download it again")
     return model
 
 
@@ -68,7 +68,6 @@ def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | No
     write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
     if config is None:
         sizes = {theirs: getattr(model.config, ours) for ours, theirs in GPT2_SIZES.items()}
-        sizes["layer_norm_epsilon"] = model.config.layer_norm_epsilon
         end = model.config.vocab_size - 1  # GPT-2's last token is the end of text, and serves as the beginning too
         config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end} | GPT2_SAME | sizes
     else:
@@ -108,19 +107,19 @@ def without_prefix(key: str) -> str:
 def read_config(directory: Path) -> GPTConfig | LlamaConfig:
     """config.json -> the sizes of its family. Raises ValueError for what is not this architecture, or no size."""
     path = saved_file(directory, "config.json")
-    found = read_json(path)
+    found = {"layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-6} | read_json(path)
     kind = found.get("model_type", "gpt2")
     if kind not in list(FAMILIES):  # it may be anything, hashable or not
         raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be loaded")
     gpt2, family = kind == "gpt2", FAMILIES[kind]
     names, same = (GPT2_SIZES, GPT2_SAME) if gpt2 else (LLAMA_SIZES, LLAMA_SAME)
-    epsilon = found.setdefault(eps := "layer_norm_epsilon" if gpt2 else "rms_norm_eps", 1e-5 if gpt2 else 1e-6)
     heads, width = found.get("num_attention_heads"), found.get("hidden_size")
     if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
         found |= {"num_key_value_heads": found.get("num_key_value_heads") or heads, "head_dim": found.get("head_dim") or width // heads}
     sizes: dict[str, Any] = {ours: found.get(theirs) for ours, theirs in names.items()}
-    if not all(type(n) is int and 0 < n < 10**7 for n in sizes.values()) or sizes["n_layer"] > 1000 or type(epsilon) is not float:
-        raise ValueError(f"{path}: { {key: found.get(key) for key in (*names.values(), eps)} } are not a {family}'s")
+    right = [type(n) is (float if "eps" in ours else int) and 0 < n < 10**7 for ours, n in sizes.items()]
+    if not all(right) or sizes["n_layer"] > 1000:
+        raise ValueError(f"{path}: { {theirs: found.get(theirs) for theirs in names.values()} } are not a {family}'s")
     if sizes["n_embd"] % sizes["n_head"] if gpt2 else sizes["n_head"] % sizes["n_kv_head"] or sizes["head_dim"] % 2:
         raise ValueError(f"{path}: {sizes} do not divide into heads of one width, an even one where it is turned")
     in_other_words = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * sizes["n_embd"]}
@@ -128,7 +127,7 @@ def read_config(directory: Path) -> GPTConfig | LlamaConfig:
         if found.get(key, ours) not in (ours, in_other_words.get(key, ours)):
             raise ValueError(f"{path}: {key} is {found[key]!r}; this {family} has {ours!r}")
     if gpt2:
-        return GPTConfig(**sizes, layer_norm_epsilon=epsilon)
+        return GPTConfig(**sizes)
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     theta, scaling = rope.get("rope_theta", found.get("rope_theta", 10000.0)), None
     if (turning := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
@@ -137,4 +136,4 @@ def read_config(directory: Path) -> GPTConfig | LlamaConfig:
     if turning not in ("default", "llama3") or not all(type(n) in (int, float) and n > 0 for n in (theta, *(scaling or ()))):
         raise ValueError(f"{path}: the rotation {rope or theta!r} is not known here, only the default and that of Llama 3")
     qwen = {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3", "tied": found.get("tie_word_embeddings") is True}
-    return LlamaConfig(**sizes, rope_theta=theta, rope_scaling=scaling, rms_norm_eps=epsilon, **qwen)
+    return LlamaConfig(**sizes, rope_theta=theta, rope_scaling=scaling, **qwen)

@@ -75,13 +75,12 @@ def check_place(directory: Path, training: dict[str, Any]) -> None:
     """
     check_writable(directory)
     found = [name for name in OURS if (directory / name).exists()]
-    if found:
-        before = read_json(directory / TRAINING) if TRAINING in found else {}
-        who = {key: before.get(key) for key in ("method", "task", "data", "base")}
-        if who != {key: training[key] for key in who}:
-            what = "{method} trained for {task}".format(**who) if before else f"{found[0]} of unknown training"
-            what += f" ({who['data']})" * bool(who["data"]) + f" on {who['base']}" * bool(who["base"])
-            raise ValueError(f"{directory} holds {what}, which is not overwritten: name another --out")
+    before = read_json(directory / TRAINING) if TRAINING in found else {}
+    who = {key: before.get(key) for key in ("method", "task", "data", "base")}
+    if found and who != {key: training[key] for key in who}:
+        what = "{method} trained for {task}".format(**who) if before else f"{found[0]} of unknown training"
+        what += f" ({who['data']})" * bool(who["data"]) + f" on {who['base']}" * bool(who["base"])
+        raise ValueError(f"{directory} holds {what}, which is not overwritten: name another --out")
 
 
 def check_writable(directory: Path) -> None:

@@ -4,7 +4,6 @@ import http.client
 import os
 import re
 import secrets
-import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -49,17 +48,14 @@ def base_directory(name_or_dir: str | Path) -> Path:
 
 
 def fetch(repo: str, file: str, directory: Path) -> None:
-    """Downloads a file where there is none, whole or not at all. Raises OSError if the answer ends early."""
+    """Downloads a file where there is none, whole or not at all. Raises OSError if that fails."""
     if (directory / file).exists():
         return
     url, part = HUB.format(repo=repo, file=file), directory / f".{secrets.token_hex(4)}.new"
     print(f"downloading {url} to {directory}", flush=True)
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url) as answer, open(part, "wb") as opened:
-            shutil.copyfileobj(answer, opened)
-            if answer.length:  # bytes that were promised and did not come
-                raise OSError(f"{url} ended {answer.length:,} bytes early")
+        urllib.request.urlretrieve(url, part)  # which counts the bytes that were promised
         part.replace(directory / file)
     finally:
         part.unlink(missing_ok=True)

@@ -83,9 +83,8 @@ def read_two_files(directory: Path) -> Encoding:
     try:
         pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line]
         ranks = ranks_of([(token_bytes(a), token_bytes(b)) for a, b in pairs])
-        if found.pop(END_OF_TEXT) != len(ranks) or {token_bytes(name): i for name, i in found.items()} != ranks:
-            raise ValueError
-        if len(ranks) != 256 + len(pairs):  # two merges make one token
+        whole = found.pop(END_OF_TEXT) == len(ranks) == 256 + len(pairs)  # fewer ranks, if two merges make one token
+        if not whole or {token_bytes(name): i for name, i in found.items()} != ranks:
             raise ValueError
     except (KeyError, ValueError):
         raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None

@@ -185,7 +185,7 @@ def test_the_gradient_of_a_prefix_in_bfloat16_is_that_in_float64(tmp_path):
         ({"head_dim": 7}, "do not divide into heads"),
         ({"hidden_size": "24"}, "are not a Llama's"),
         ({"hidden_size": 48}, "config.json asks for"),
-        ({"tie_word_embeddings": False}, "the weights have no lm_head.weight"),
+        ({"tie_word_embeddings": False}, 'Missing .* "lm_head.weight"'),
     ],
 )
 def test_another_architecture_is_refused_by_name(tmp_path, changes, message):
@@ -300,31 +300,15 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = []
 
-    def urlopen(url):
+    def urlretrieve(url, path):
         asked.append(url.removeprefix("https://huggingface.co/someone/Tiny-1.5/resolve/main/"))
         if asked[-1] not in served:
             raise storage_base.urllib.error.HTTPError(url, 404, "Not Found", {}, None)
-        path = tmp_path / "served"
         path.write_text(served[asked[-1]])
-        answer = open(path, "rb")
-        return Answer(answer)
-
-    class Answer:
-        length = 0
-
-        def __init__(self, file):
-            self.read = file.read
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
 
     import storage.hub as storage_base
 
-    monkeypatch.setattr(storage_base.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(storage_base.urllib.request, "urlretrieve", urlretrieve)
     directory = base_directory("someone/Tiny-1.5")
     assert directory == tmp_path / "prefix-tuning" / "someone--Tiny-1.5"
     assert asked == ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors", "b.safetensors"]
@@ -332,10 +316,10 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
     asked.clear()
     assert base_directory("someone/Tiny-1.5") == directory and not asked
 
-    def offline(url):
+    def offline(*_):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(storage_base.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(storage_base.urllib.request, "urlretrieve", offline)
     with pytest.raises(ValueError, match="nobody/x is no directory here, and cannot be downloaded .no route.* put config.json, .* into"):
         base_directory("nobody/x")
     assert base_directory(str(tmp_path)) == tmp_path and base_directory("a/b/c") == Path("a/b/c") and "gpt2" in HUB_REPOS

@@ -736,6 +736,19 @@ def test_each_method_saves_before_it_tests(base, tmp_path, monkeypatch, method):
     assert not (tmp_path / "out" / CHECKPOINT).exists()
 
 
+def test_a_console_that_fails_leaves_no_checkpoint_of_what_is_saved(base, tmp_path, monkeypatch):
+    """First the adapter is written, then its checkpoint removed, and only then is anything said of it."""
+
+    def say(text: str) -> None:
+        if text.startswith("saved to"):
+            raise OSError("Input/output error")
+
+    monkeypatch.setattr(train, "say", say)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(base, "--save-every", "1", out=tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").exists() and not (tmp_path / "out" / CHECKPOINT).exists()
+
+
 PREDICT = {
     "a folder": ("folder", "holds no predictions, and is not overwritten"),
     "--out itself": ("out", "holds no predictions, and is not overwritten"),
@@ -966,7 +979,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(base, tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in said and "--resume goes on from its last checkpoint" in said
+    assert process.returncode == 130 and "Traceback" not in said and "--resume goes on from its last checkpoint, if one is left" in said
     assert set(files_in(tmp_path / "out")) == {CHECKPOINT}
 
 
