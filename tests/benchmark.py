@@ -209,15 +209,21 @@ def peak_of_this_process(side: str, directory: str, size: str, method: str, P: s
 
 
 class Table:
-    """Prints each row as it is measured, and keeps it."""
+    """Prints each row as it is measured, and keeps it in a file, in place of an earlier one of the same processor."""
 
-    def __init__(self):
-        self.rows = []
+    def __init__(self, path: Path, device: str):
+        self.path, self.rows = path, []
+        self.found = read_json(path) if path.exists() else {}
+        if self.found.get("device") != device:
+            self.found = {"device": device, "torch": torch.__version__}
         print(f"{'':58}{'here':>9}{'PEFT':>9}{'floor':>9}   here/PEFT  here/floor")
 
     def add(self, what: str, unit: str, here: float, peft: float = 0, floor: float = 0, **more: float | str) -> None:
         row = {"what": what, "unit": unit, "here": here, "peft": peft, "floor": floor} | more
         self.rows.append(row)
+        kind = "growth" if "axis" in row else "comparison"
+        self.found[kind] = [other for other in self.found.get(kind, []) if other["what"] != what] + [row]
+        write_json(self.path, self.found)
         cells = "".join(f"{value:9.1f}" if value else f"{'':9}" for value in (here, peft, floor))
         ratios = "".join(f"{here / value:12.2f}" if value else f"{'':12}" for value in (peft, floor))
         extra = "  ".join(f"{key} {value if isinstance(value, str) else round(value, 2)}" for key, value in more.items())
@@ -345,7 +351,7 @@ def main() -> None:
         return print(peak_of_this_process(*args.peak))
     name = torch.cuda.get_device_name() if CUDA else f"{processor()}, {torch.get_num_threads()} threads"
     path = Path(__file__).with_name(f"benchmark-{name.replace(' ', '-')}.json" if CUDA else "benchmark.json")
-    table = Table()
+    table = Table(path, name)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if args.growth:
@@ -357,12 +363,6 @@ def main() -> None:
                 for method, P in itertools.product(("prefix", "soft_prompt"), args.P):
                     compare(table, root, size, method, P, 32 if CUDA else 10, peaks)
                 compare_generation(table, root, size, P=20)
-    found, kind = read_json(path) if path.exists() else {}, "growth" if args.growth else "comparison"
-    if found.get("device") != name:
-        found = {"device": name, "torch": torch.__version__}  # figures of two machines are not mixed
-    measured = {row["what"] for row in table.rows}
-    found[kind] = [row for row in found.get(kind, []) if row["what"] not in measured] + table.rows
-    write_json(path, found)
     if args.growth:
         draw(table.rows, path.with_suffix(".png"))
 
