@@ -106,7 +106,8 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
         total += F.cross_entropy(logits, targets, reduction="sum").item()
         count += len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row that a scored position is in
-        exact[chunk[row_of[logits.argmax(dim=-1) != targets].cpu()]] = False
+        wrong = row_of[logits.argmax(dim=-1) != targets].cpu()
+        exact[chunk[wrong]] = False
     return total / count, exact.tolist()
 
 

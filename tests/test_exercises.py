@@ -184,7 +184,7 @@ MISTAKES = {
     ],
     12: [
         ("a mean of means", None, ROW_BY_ROW),
-        ("in the order they came in", "exact[chunk[b]] = False", "exact[start + b] = False"),
+        ("in the order they came in", "exact[chunk[wrong]] = False", "exact[lengths.argsort(stable=True).argsort()[chunk[wrong]]] = False"),
         ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
         ("not if one of them is", None, ROW_BY_ROW.replace(".all()", ".any()")),
     ],
