@@ -42,7 +42,7 @@ KINDS = {
     "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "llama 3": (transformers.LlamaConfig, {"tie_word_embeddings": False, "rope_parameters": LLAMA_3}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True, "head_dim": 4}),
-    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": False, "head_dim": 16}),
+    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": False, "head_dim": 16, "rms_norm_eps": 1e-3}),
 }
 
 
