@@ -239,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
     add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
     names = ", ".join(HUB_REPOS)
-    add("--base", metavar="DIR", default=DEFAULT_BASE, help=f"Hugging Face GPT-2 directory, or {names} (default: {DEFAULT_BASE})")
+    add("--base", metavar="DIR", default=DEFAULT_BASE, help=f"Hugging Face directory, OWNER/NAME on their hub, or {names} (default: {DEFAULT_BASE})")
     add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
 
     add = parser.add_argument_group("the adapter").add_argument
