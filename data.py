@@ -126,15 +126,18 @@ def batch_of(rows: list[Row], device: torch.device) -> Batch:
     return Batch(idx.to(device), targets.to(device))
 
 
-def shuffled_batches(rows: list[Row], steps: int, batch_size: int, seed: int) -> Iterator[list[Row]]:
-    """-> the rows of each step; every one comes once, in a new order, before any comes again. The seed decides it all."""
-    rng = random.Random(seed)
-    queue: list[Row] = []
-    for _ in range(steps):
-        while len(queue) < batch_size:
-            queue += rng.sample(rows, len(rows))
-        yield queue[:batch_size]
-        del queue[:batch_size]
+def shuffled_batches(rows: list[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
+    """-> batches without end: every row comes once in a random order, then once more in another. The seed decides it all.
+
+    A batch has rows of like length, for less padding: those of ten batches are sorted, and then the batches shuffled.
+    """
+    rng, queue = random.Random(seed), []
+    while True:
+        queue += rng.sample(rows, len(rows))
+        while n := min(10, len(queue) // batch_size) * batch_size:
+            some = sorted(queue[:n], key=lambda row: len(row.source) + len(row.target))
+            yield from rng.sample([some[i : i + batch_size] for i in range(0, n, batch_size)], n // batch_size)
+            del queue[:n]
 
 
 def hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:

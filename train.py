@@ -137,7 +137,7 @@ def tune(
         curve.append((0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
     say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {step}' if step else 'before the first step'}")
     progress, (rank, processes) = Progress(step, plan.steps), this_process()
-    for step_rows in islice(shuffled_batches(rows["train"], plan.steps, plan.batch_size, plan.seed), step, None):
+    for step_rows in islice(shuffled_batches(rows["train"], plan.batch_size, plan.seed), step, plan.steps):
         batch = batch_of(step_rows[rank::processes], model.device)
         # a short warm-up, then a straight line down (Li & Liang, appendix)
         optimizer.param_groups[0]["lr"] = plan.lr * min((step + 1) / 10, (plan.steps - step) / plan.steps)

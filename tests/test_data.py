@@ -4,6 +4,7 @@ import doctest
 import json
 import random
 import re
+from itertools import islice
 
 import pytest
 import torch
@@ -118,16 +119,29 @@ def test_a_batch_scores_the_target_and_its_end_and_nothing_else():
     assert batch.targets.tolist() == [[IGNORE, IGNORE, 8, 9], [3, IGNORE, IGNORE, IGNORE]]
 
 
+def first(n, rows, batch_size, seed):
+    return [[row.source[0] for row in batch] for batch in islice(shuffled_batches(rows, batch_size, seed), n)]
+
+
 def test_each_step_has_its_rows():
-    """Every row comes once, in a new order, before any comes again; the seed decides it all, however many steps there are."""
-    rows = [Row([i], [i]) for i in range(10)]
-    steps = [[row.source[0] for row in batch] for batch in shuffled_batches(rows, 5, 4, seed=1)]
-    assert [len(step) for step in steps] == [4] * 5
+    """Every row comes once, in a new order, then once more in another; the seed decides it all."""
+    rows = [Row([i], [i]) for i in range(12)]
+    steps = first(6, rows, 4, seed=1)
+    assert [len(step) for step in steps] == [4] * 6
     seen = sum(steps, [])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:] and seen[:10] != sorted(seen[:10])
-    assert list(shuffled_batches(rows, 3, 4, seed=1)) == list(shuffled_batches(rows, 5, 4, seed=1))[:3]
-    assert list(shuffled_batches(rows, 3, 4, seed=2)) != list(shuffled_batches(rows, 3, 4, seed=1))
-    assert [len(batch) for batch in shuffled_batches(rows, 2, 25, seed=1)] == [25, 25]  # more than there are rows
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:] and seen[:12] != sorted(seen[:12])
+    assert steps == first(6, rows, 4, seed=1) != first(6, rows, 4, seed=2)
+    assert sorted(sum(first(5, rows[:10], 4, seed=1), [])) == sorted(2 * list(range(10)))  # what is left over is not lost
+    assert [len(batch) for batch in first(2, rows, 25, seed=1)] == [25, 25]  # more than there are rows
+
+
+def test_a_batch_has_rows_of_like_length():
+    """The rows of ten batches, sorted by length, make ten batches in random order: a pad is a token's work for nothing."""
+    rows = [Row([i] * (1 + i % 20), [i] * (1 + i // 20)) for i in range(200)]
+    lengths = {i: len(row.source) + len(row.target) for i, row in enumerate(rows)}
+    steps = [[lengths[i] for i in batch] for batch in first(20, rows, 10, seed=1)]
+    for ten in (steps[:10], steps[10:]):
+        assert sum(sorted(ten), []) == sorted(sum(ten, [])) and ten != sorted(ten)
 
 
 # -------------------------------------------------------------------------------------------------------------- lengths

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,7 +179,7 @@ def test_tuning_written_out(base, monkeypatch):
     prompt = SoftPrompt.text(model, torch.arange(3))
     x = prompt.vectors.detach().clone().requires_grad_()
     m, v = torch.zeros_like(x), torch.zeros_like(x)
-    for t, batch_rows in enumerate(data.shuffled_batches(rows, 12, 4, 7), start=1):
+    for t, batch_rows in enumerate(islice(data.shuffled_batches(rows, 4, 7), 12), start=1):
         batch = data.batch_of(batch_rows, model.device)
         _, past_kv = model.forward_embeddings(x[None])
         loss = F.cross_entropy(model(batch.idx, past_kv)[0].flatten(0, 1), batch.targets.flatten())
@@ -532,7 +533,7 @@ def test_what_the_second_of_two_processes_does(base, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *_: (1.0, []))
     checkpoint = Checkpoint(tmp_path / "out" / CHECKPOINT, {}, False)
     train.tune(model, [prefix], {"train": rows, "validation": []}, plan(2, save_every=1), checkpoint)
-    parts = [data.batch_of(step[1::2], model.device) for step in data.shuffled_batches(rows, 2, 4, 0)]
+    parts = [data.batch_of(step[1::2], model.device) for step in islice(data.shuffled_batches(rows, 4, 0), 2)]
     assert [batch.idx.tolist() for batch in batches] == [part.idx.tolist() for part in parts]
     shapes = [(), *(p.shape for p in prefix.parameters() if p.requires_grad)]
     assert [tensor.shape for tensor in handed_in] == 2 * shapes
