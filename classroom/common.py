@@ -89,6 +89,18 @@ def kept_for_backward(model: Decoder, compute: Callable[[], object]) -> int:
     return sum(size for address, size in kept.items() if address not in weights)
 
 
+def lowest(loss: Callable[[int], float]) -> int:
+    """The loss at each power of a factor -> the power with the lowest: of -1, 0 and 1, and beyond an edge while it is better
+    than all others by a hundredth."""
+    losses = {power: loss(power) for power in (-1, 0, 1)}
+    for direction in (-1, 1):
+        edge = direction
+        while losses[edge] < 0.99 * min(value for power, value in losses.items() if power != edge):
+            edge += direction
+            losses[edge] = loss(edge)
+    return min(losses, key=losses.get)
+
+
 def finish() -> None:
     """Waits for what a GPU still has to do, so that a clock can be read."""
     if torch.cuda.is_available():
@@ -180,7 +192,7 @@ def prepared(
 class Experiment:
     """The command line of an experiment, its runs, and its report: a JSON file, a table and a figure."""
 
-    def __init__(self, file: str, doc: str, argv: list[str] | None):
+    def __init__(self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None):
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
         add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
@@ -188,6 +200,8 @@ class Experiment:
         add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
         add("--seeds", type=int, default=3, help="(default: 3)")
         add("--out", type=Path, help=f"(default: classroom/results; with --quick {QUICK})")
+        if own_flags:
+            own_flags(add)
         self.args = parser.parse_args(argv)
         self.out = self.args.out or (QUICK if self.args.quick else RESULTS)
         if self.args.seeds < 1:

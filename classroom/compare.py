@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import NAMES, Run, band, figure, finish, forward, gradients, kept_for_backward, load_base, markdown, prepared, ready
+from common import NAMES, Run, band, figure, finish, forward, gradients, kept_for_backward, load_base, lowest, markdown, prepared, ready
 from common import spread, write_json
 from torch import nn
 
@@ -96,19 +96,9 @@ class Trials:
 
 
 def best_rate(trials: Trials, task: Task, method: str) -> float:
-    """-> the learning rate with the lowest validation loss on seed 0. An edge is left when it is better by 0.01 nats."""
+    """-> the learning rate with the lowest validation loss on seed 0."""
     middle = train.RECIPES[method].lr
-
-    def loss(power: int) -> float:
-        return trials.tuned(task, method, 0, middle * 3.0**power)["validation"]
-
-    losses = {power: loss(power) for power in (-1, 0, 1)}
-    for direction in (-1, 1):
-        edge = direction
-        while losses[edge] < min(value for power, value in losses.items() if power != edge) - 0.01:
-            edge += direction
-            losses[edge] = loss(edge)
-    return middle * 3.0 ** min(losses, key=losses.get)
+    return middle * 3.0 ** lowest(lambda power: trials.tuned(task, method, 0, middle * 3.0**power)["validation"])
 
 
 def score(trials: Trials, task: Task, record: dict) -> None:

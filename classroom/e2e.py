@@ -1,0 +1,313 @@
+"""The methods on real language: the table and the ablations of Li & Liang 2021 on E2E, and examples as a start.
+
+    pip install -r classroom/requirements.txt
+    python classroom/smollm2.py out/smollm2
+    python classroom/e2e.py --base out/smollm2 --data pool.jsonl --test test.jsonl
+
+E2E (Novikova et al. 2017) has records of restaurants, and for each several sentences that people wrote. A file holds one pair a
+line, as for train.py. Fifty records of --data are held out as validation data. Learning rates are chosen on these, with a seed
+that is not reported; test data are only scored. A run is stored in e2e.json when it ends, so the same command goes on where it
+stopped. The whole takes many hours on two cores: --parts and --seeds do it bit by bit.
+"""
+
+import contextlib
+import hashlib
+import io
+import platform
+import random
+import statistics
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import sacrebleu
+import torch
+from common import NAMES, Experiment, band, figure, forward, kept_for_backward, lowest, markdown, spread, write_json
+from compare import interleaved, size as size_of, step
+from lora import add_lora
+from torch import nn
+
+import train
+from data import Example, Row, batch_of, encode, read_jsonl, source_ids
+from model import Decoder
+from prefix import Prefix
+from small_base.process import run_command, say
+from soft_prompt import SoftPrompt
+from storage.base import fingerprint, load_base
+from storage.files import read_json
+
+NAMES = NAMES | {"lora": "LoRA"}
+KINDS = {"prefix": (Prefix,), "soft_prompt": (SoftPrompt,), "both": (Prefix, SoftPrompt)}
+BEHIND = 20  # tokens of the soft prompt that stands behind a prefix
+TASK_TEXT = "Write a sentence about the restaurant of this name , with its area , food , price and rating ."
+STEPS, BATCH, LIMIT, UNREPORTED = 200, 10, 80, 100
+RATES = {"prefix": 0.03, "soft_prompt": 0.03, "both": 0.03, "lora": 1e-3, "full": 1e-4}  # where the search begins
+SIZES = {"prefix": 10, "soft_prompt": 20, "both": 9, "lora": 4}  # for which it is done
+WORDS = {"family friendly": ("famil", "child", "kid", "adult"), "price": ("price", "cheap", "expensive", "£")}
+WORDS |= {"customer rating": ("rating", "rated", "star", "out of", "review")}  # slots that are put in many ways
+
+
+class Cell(NamedTuple):
+    """What decides a run, apart from its seed and learning rate."""
+
+    method: str
+    size: int = 0  # virtual tokens; of LoRA the rank; with the last two values of `init` that many examples' tokens
+    init: str = "text"  # or "vocab", "random", "examples", or "other text", as long as those examples would be
+    examples: int = 0  # to train on; 0: all
+    mid_dim: int | None = None
+    steps: int = STEPS
+
+
+LONG = ("examples", "other text")
+PARTS = {
+    # The usual sizes of the papers; four times 115,200 numbers on SmolLM2-135M; LoRA's usual size; all numbers
+    "table": [Cell("none", steps=0), Cell("prefix", 4, "examples", steps=0), Cell("soft_prompt", 20), Cell("prefix", 5)]
+    + [Cell("soft_prompt", 200), Cell("prefix", 10), Cell("both", 9), Cell("lora", 2), Cell("lora", 4), Cell("full")],
+    "length": [*(Cell("soft_prompt", P) for P in (1, 10, 20)), *(Cell("prefix", P) for P in (1, 5, 10, 20))],
+    "starts": [*(Cell("prefix", 10, init, 100) for init in ("text", "vocab", "random")), Cell("prefix", 10, mid_dim=512)],
+    "demonstrations": [Cell("prefix", k, init, steps=n) for n in (0, STEPS) for init in LONG for k in (1, 2, 4, 8)],
+    "examples": [Cell(m, s, examples=n) for m, s in (("prefix", 10), ("lora", 2), ("full", 0)) for n in (50, 100, 200, 500)],
+}
+
+
+def label(cell: Cell) -> str:
+    """-> a cell in words."""
+    if cell.init in LONG:
+        text = f"prefix from {cell.size} examples" if cell.init == LONG[0] else f"prefix from a text as long as {cell.size}"
+        return text + (", trained" if cell.steps else ", as it is")
+    sizes = {"both": f" of {cell.size} + {BEHIND}", "lora": f" of rank {cell.size}", "none": "", "full": ""}
+    start = {"vocab": ", random words", "random": ", random numbers"}.get(cell.init, "")
+    some, mlp = f", {cell.examples} examples" * bool(cell.examples), f", MLP of {cell.mid_dim}" * bool(cell.mid_dim)
+    return NAMES[cell.method] + sizes.get(cell.method, f" of {cell.size}") + start + some + mlp
+
+
+def stated(record: str, text: str) -> list[bool]:
+    """A record and a text for it -> for each of its slots, whether the text has the value, or mentions the matter."""
+    slots = [slot.split(" : ", 1) for slot in record.split(" | ")]
+    return [any(word in text.lower() for word in WORDS.get(name, (value.lower(),))) for name, value in slots]
+
+
+class E2E:
+    """The data, the runs on them, and what is stored of these."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, (self.tokenizer, base) = experiment, experiment.load()
+        pool, test = ([pair[:2] for pair in read_jsonl(path)] for path in (experiment.args.data, experiment.args.test))
+        records = sorted({record for record, _ in pool})
+        held_out = set(random.Random(0).sample(records, min(50, len(records) // 2)))
+        self.references: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}, "test": {}}
+        for part, pairs in (("train", pool), ("test", test)):
+            for record, sentence in pairs:
+                sentences = self.references["validation" if part == "train" and record in held_out else part]
+                sentences.setdefault(record, []).append(sentence)
+        self.rows = {}
+        for part, most in (("train", None), ("validation", 4), ("test", 1)):  # a loss needs less than all sentences of a record
+            pairs = [(record, text) for record, texts in self.references[part].items() for text in texts[:most]]
+            self.rows[part] = encode(self.tokenizer, [Example(*pair) for pair in pairs][: experiment.at_most])
+        self.n_base, self.file = sum(p.numel() for p in base.parameters()), experiment.out / "e2e.json"
+        self.seen = hashlib.sha256(repr((fingerprint(base), sorted(pool), sorted(test))).encode()).hexdigest()[:16]
+        self.found, self.signatures = self.stored(), {}
+
+    def stored(self) -> dict[str, Any]:
+        """-> what e2e.json has. Several processes, each with other --parts, may fill it at once."""
+        found = read_json(self.file) if self.file.exists() else {"base_and_data": self.seen, "runs": []}
+        if found["base_and_data"] != self.seen:
+            raise ValueError(f"{self.file} has results of another base or other data: name another --out")
+        return found
+
+    def store(self, *runs: dict[str, Any], **other: Any) -> None:
+        self.found = self.stored() | other
+        self.found["runs"] += runs
+        write_json(self.file, self.found)
+
+    def known(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """-> the run with these settings; if it is not known, one of another process may be."""
+        for runs in (self.found["runs"], self.stored()["runs"]):
+            for run in runs:
+                if settings.items() <= run.items():
+                    return run
+
+    def cells(self, part: str) -> list[Cell]:
+        return self.experiment.grid(PARTS.get(part, []))
+
+    def ready(self, cell: Cell, seed: int) -> tuple[Decoder, list[nn.Module], dict[str, list[Row]]]:
+        """-> model, adapters and rows, as training begins with them."""
+        model = load_base(self.experiment.args.base).to(self.experiment.device, torch.bfloat16).freeze()
+        rows, n = dict(self.rows), min(cell.size, 1) if self.experiment.args.quick else cell.size
+        shuffled = random.Random(seed).sample(rows["train"], len(rows["train"]))
+        rows["train"] = shuffled[: cell.examples or None]
+        if cell.method == "full":
+            model.float().requires_grad_(True)
+        if cell.method == "lora":
+            add_lora(model, n, seed=seed)
+        if cell.init in LONG:
+            ids = [i for row in shuffled[:n] for i in row.source + row.target]
+            if cell.init == "other text":
+                ids = (self.tokenizer.encode_ordinary(__doc__) * len(ids))[: len(ids)]
+            return model, [Prefix.text(model, torch.tensor(ids, device=model.device))], rows
+        how = (cell.init, TASK_TEXT, seed, cell.mid_dim)
+        adapters = [
+            train.new_adapters((kind,), model, self.tokenizer, rows["train"], P, *how)[0]
+            for kind, P in zip(KINDS.get(cell.method, ()), (n, BEHIND))
+        ]
+        return model, adapters, rows
+
+    def run(self, cell: Cell, seed: int, lr: float) -> dict[str, Any]:
+        """-> the record of a run, stored or done now: its loss, and with a reported seed its scores."""
+        steps = self.experiment.steps(cell.steps) if cell.steps else 0
+        settings = cell._asdict() | {"steps": steps, "seed": seed, "lr": lr}
+        if known := self.known(settings):
+            return known
+        say(f"{time.perf_counter() - self.experiment.begin:5.0f} s  {label(cell)}, learning rate {lr:g}, seed {seed}")
+        model, adapters, rows = self.ready(cell, seed)
+        n_trained = sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad and steps)
+        cache = train.stacked_past_kv(adapters, model)
+        with contextlib.redirect_stdout(io.StringIO()), low_precision(model):
+            try:
+                (_, start), *_, (_, loss) = 2 * train.tune(model, adapters, rows, train.Plan(steps, lr, BATCH, seed, steps or 1, 1))
+            except train.Diverged:
+                start = loss = float("inf")
+        record = settings | {"trained": n_trained, "context": cache[0][0].size(2) if cache else 0, "start": start, "loss": loss}
+        if seed != UNREPORTED:
+            model.to(torch.bfloat16)
+            record |= self.scores(model, adapters, "validation")
+            if cell in PARTS["table"]:
+                record |= {f"test_{key}": value for key, value in self.scores(model, adapters, "test").items()}
+                record["test_loss"], _ = train.evaluate(model, adapters, rows["test"], BATCH)
+        self.store(record, signatures=self.found.get("signatures", {}) | self.signatures)
+        return record
+
+    def scores(self, model: Decoder, adapters: list[nn.Module], part: str) -> dict[str, float]:
+        """-> BLEU and chrF of greedy answers against all references, and the share of slots that they state, in percent."""
+        records = list(self.references[part])[: self.experiment.at_most]
+        sources = [source_ids(self.tokenizer, record) for record in records]
+        texts = [text.strip() for text in train.answers(model, adapters, self.tokenizer, sources, LIMIT)]
+        references = [self.references[part][record] for record in records]
+        columns = [[some[i] if i < len(some) else None for some in references] for i in range(max(map(len, references)))]
+        found = {}
+        for metric in (sacrebleu.BLEU(), sacrebleu.CHRF()):
+            found[metric.__class__.__name__.lower()] = metric.corpus_score(texts, columns).score
+            self.signatures[metric.__class__.__name__] = str(metric.get_signature())
+        slots = [slot for record, text in zip(records, texts) for slot in stated(record, text)]
+        return found | {"slots": train.share(slots)}
+
+    def rate(self, cell: Cell) -> float:
+        """-> the learning rate of the lowest validation loss, at one size of the method, on the seed that is not reported."""
+        if not cell.steps:
+            return 0.0
+        size = 4 if cell.init in LONG else SIZES.get(cell.method, 0)
+        some = Cell(cell.method, size, cell.init if cell.init in LONG else "text", mid_dim=cell.mid_dim)
+        middle = RATES[cell.method] / (30 if cell.mid_dim else 1)
+
+        def rate(power: int) -> float:
+            return float(f"{middle * 3.0**power:.2g}")
+
+        return rate(lowest(lambda power: self.run(some, UNREPORTED, rate(power))["loss"]))
+
+    def measured(self, cell: Cell, key: str) -> list[float]:
+        """-> one measured value of a cell's reported runs, seed by seed."""
+        return [self.run(cell, seed, self.rate(cell))[key] for seed in self.experiment.seeds]
+
+
+def low_precision(model: Decoder) -> Any:
+    """Computes in bfloat16 what a float32 model has, which is trained itself: bfloat16 weights would lose its small updates."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.float32)
+
+
+def table(e2e: E2E, part: str) -> str:
+    """-> a part as a table; of the table's own part with its scores on test data, of others on validation data."""
+    test, rows = "test_" * (part == "table"), []
+    length = statistics.mean(len(row.target) for row in e2e.rows["test" if test else "validation"])
+    for cell in e2e.cells(part):
+        trained, context = e2e.measured(cell, "trained"), e2e.measured(cell, "context")
+        losses = e2e.measured(cell, f"{test}loss")
+        row = [label(cell), f"{trained[0]:,}", f"{100 * trained[0] / e2e.n_base:.3g} %", spread(context, 0)]
+        row += [spread(e2e.measured(cell, "start"), 3), spread(losses, 3), spread([loss * length for loss in losses], 1)]
+        rows.append(row + [spread(e2e.measured(cell, f"{test}{score}"), 1) for score in ("bleu", "chrf", "slots")])
+    header = ["method", "numbers trained", "share", "context", "loss before", "loss a token", "loss an answer"]
+    return markdown([*header, "BLEU", "chrF", "slots %"], rows)
+
+
+def plateaus(e2e: E2E) -> str:
+    """-> what twice the steps would have given, on the seed that is not reported."""
+    cells, rows = [Cell(method, size) for method, size in (SIZES | {"full": 0}).items()], []
+    for cell in cells:
+        once, twice = (e2e.run(some, UNREPORTED, e2e.rate(cell))["loss"] for some in (cell, cell._replace(steps=2 * STEPS)))
+        rows.append([label(cell), f"{e2e.rate(cell):g}", f"{once:.4f}", f"{twice:.4f}", f"{100 * (once - twice) / once:.1f} %"])
+    return markdown(["method", "learning rate", f"loss after {STEPS} steps", f"after {2 * STEPS}", "less"], rows)
+
+
+def costs(e2e: E2E) -> str:
+    """-> what a training step of the table's methods takes, measured by turns on one batch, and what is left on disk."""
+    steps, found = {}, {}
+    for cell in [cell for cell in e2e.cells("table") if cell.steps]:
+        model, adapters, rows = e2e.ready(cell, 0)
+        batch = batch_of(rows["train"][:BATCH], model.device)
+        trained = [p for part in (model, *adapters) for p in part.parameters() if p.requires_grad]
+
+        def one_step(of=(model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))) -> None:
+            with low_precision(of[0]):
+                step(*of)
+
+        steps[label(cell)], n_trained = one_step, sum(p.numel() for p in trained)
+        with low_precision(model):
+            kept = kept_for_backward(model, partial(forward, model, adapters, batch))
+        found[label(cell)] = {"kept": kept, "disk": 4 * n_trained, "optimizer": 8 * n_trained}
+    for name, ms in interleaved(steps, 5).items():
+        found[name]["ms"] = ms
+    e2e.store(costs={"processor": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"} | found)
+    rows = [[name, f"{c['ms']:.0f}", *(size_of(c[key]) for key in ("kept", "optimizer", "disk"))] for name, c in found.items()]
+    return markdown(["method", "ms a step", "kept for backward", "optimizer", "on disk"], rows)
+
+
+def draw(e2e: E2E, part: str, axis: Any) -> None:
+    """One panel: BLEU against what a part varies."""
+    axis.set(title=part, ylabel="BLEU, validation data")
+
+    def line(cells: list[Cell], xs: list[float], name: str) -> None:
+        band(axis, xs, [e2e.measured(cell, "bleu") for cell in cells], name)
+
+    if part == "table":
+        axis.set(xlabel="numbers trained", ylabel="BLEU, test data", xscale="symlog")
+        for cell in e2e.cells(part):
+            scores = e2e.measured(cell, "test_bleu")
+            axis.plot(e2e.measured(cell, "trained"), scores, ".", label=label(cell))
+    elif part == "length":
+        axis.set(xlabel="virtual tokens")
+        for method in ("soft_prompt", "prefix"):
+            cells = [cell for cell in e2e.cells(part) if cell.method == method]
+            line(cells, [cell.size for cell in cells], NAMES[method])
+    elif part == "examples":
+        axis.set(xlabel="training examples", xscale="log")
+        for method in dict.fromkeys(cell.method for cell in e2e.cells(part)):
+            cells = [cell for cell in e2e.cells(part) if cell.method == method]
+            line(cells, [cell.examples for cell in cells], NAMES[method])
+    else:
+        axis.set(xlabel="examples", xscale="log")
+        for steps, init in dict.fromkeys((cell.steps, cell.init) for cell in e2e.cells(part)):
+            cells = [cell for cell in e2e.cells(part) if (cell.steps, cell.init) == (steps, init)]
+            line(cells, [cell.size for cell in cells], f"{init}, {'trained' if steps else 'as it is'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    def own(add: Any) -> None:
+        add("--data", required=True, help="JSONL of pairs to train and validate on")
+        add("--test", required=True, help="JSONL of pairs to test on")
+        parts = [*PARTS, "plateau", "costs"]
+        add("--parts", nargs="+", choices=parts, default=parts, help=f"(default: {' '.join(parts)})")
+
+    experiment = Experiment(__file__, __doc__, argv, own)
+    e2e, parts = E2E(experiment), experiment.args.parts
+    for seed in experiment.seeds:
+        for cell in [cell for part in parts for cell in e2e.cells(part)]:
+            e2e.run(cell, seed, e2e.rate(cell))
+    for part in parts:
+        text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
+        say(f"\n{part}\n\n{text}")
+    drawn = [part for part in parts if part in PARTS and part != "starts"]
+    if drawn:
+        figure(experiment.out / "e2e.png", lambda axes: [draw(e2e, *some) for some in zip(drawn, axes[0])], len(drawn))
+
+
+if __name__ == "__main__":
+    run_command(main)
