@@ -20,7 +20,6 @@ import time
 from functools import partial
 from typing import Any, NamedTuple
 
-import sacrebleu
 import torch
 from common import NAMES, Experiment, band, figure, forward, kept_for_backward, lowest, markdown, spread, write_json
 from compare import interleaved, size as size_of, step
@@ -35,6 +34,11 @@ from small_base.process import run_command, say
 from soft_prompt import SoftPrompt
 from storage.base import fingerprint, load_base
 from storage.files import read_json
+
+try:
+    import sacrebleu
+except ImportError:
+    sacrebleu = None
 
 NAMES = NAMES | {"lora": "LoRA"}
 KINDS = {"prefix": (Prefix,), "soft_prompt": (SoftPrompt,), "both": (Prefix, SoftPrompt)}
@@ -297,6 +301,8 @@ def main(argv: list[str] | None = None) -> None:
         add("--parts", nargs="+", choices=parts, default=parts, help=f"(default: {' '.join(parts)})")
 
     experiment = Experiment(__file__, __doc__, argv, own)
+    if sacrebleu is None:
+        raise ValueError("sacrebleu is missing: pip install -r classroom/requirements.txt")
     e2e, parts = E2E(experiment), experiment.args.parts
     for seed in experiment.seeds:
         for cell in [cell for part in parts for cell in e2e.cells(part)]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_ids
+from lora import add_lora
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -110,6 +111,28 @@ def test_adapters_go_both_ways_between_here_and_peft(tmp_path, kind, method):
     adapter.save(tmp_path / "ours", model)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert_same(model, adapter, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
+
+
+def test_lora_equals_pefts(tmp_path):
+    """On queries and values, as a new one of PEFT's is with its defaults: A is small, B zeros; then with other numbers."""
+    peer, model = peer_base(tmp_path)
+    untouched = model(random_ids(2, T))[0]
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(peer, peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=32)).double().eval()
+    add_lora(model, 2).double()
+    assert_close(model(random_ids(2, T))[0], untouched, rtol=0, atol=0)
+    ours = [p for name, p in model.named_parameters() if name.endswith((".A", ".B"))]
+    peers = [p for name, p in theirs.named_parameters() if "lora_" in name]
+    assert [p.shape for p in ours] == [p.shape for p in peers] and len(ours) == 2 * 2 * SIZES["num_hidden_layers"]
+    bound = SIZES["hidden_size"] ** -0.5
+    assert all(p.abs().max() <= bound and p.std() > bound / 2 for p in (*ours[::2], *peers[::2]))
+    for own, peer_own in zip(ours, peers):
+        peer_own.data = 0.1 * torch.randn(peer_own.shape, dtype=torch.float64)
+        own.data = peer_own.data.clone()
+    with torch.no_grad():
+        logits, expected = model(random_ids(2, T))[0], theirs(input_ids=random_ids(2, T)).logits
+    assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert (logits - untouched).abs().max() > 0.1
 
 
 def assert_same(model, adapter, theirs):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from conftest import BLOCK, C, D, H, L, V, random_ids
+from lora import add_lora
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
@@ -275,3 +276,31 @@ def test_other_adapters_of_peft_are_refused_by_name(tmp_path, kind, config):
     for load in (train.load_adapters, Prefix.load, SoftPrompt.load):
         with pytest.raises(ValueError, match=kind):
             load(tmp_path / "adapter", model)
+
+
+# --------------------------------------------------------------------------------------------- the reference of classroom/
+
+
+def test_lora_equals_pefts(tmp_path):
+    """The experiments' reference: the same numbers in A and B give the same logits, and the same gradients to A and B."""
+    peer, model = peer_base(tmp_path)
+    config = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 32, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    theirs = peft.get_peft_model(peer, peft.LoraConfig(**config)).double()
+    pairs = same_lora(add_lora(model, 2).double(), theirs)
+    assert len(pairs) == 2 * L
+    assert_same(model, theirs)
+    train.loss_of(model, batch_of(random_rows(), model.device), None, sum(len(row.target) for row in random_rows())).backward()
+    their_loss(theirs, random_rows()).backward()
+    for got, expected in pairs:
+        assert_close(got.grad, expected.grad, rtol=1e-5, atol=1e-8)
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+
+
+def same_lora(model, theirs):
+    """Gives PEFT's LoRA random numbers, and ours the same -> pairs of parameters, ours and theirs."""
+    ours = [p for name, p in model.named_parameters() if name.endswith((".A", ".B"))]
+    peers = [p for name, p in theirs.named_parameters() if "lora_" in name]
+    for own, peer in zip(ours, peers, strict=True):
+        peer.data = 0.1 * torch.randn(peer.shape, generator=torch.Generator().manual_seed(peer.numel())).double()
+        own.data = peer.data.clone()
+    return list(zip(ours, peers))
