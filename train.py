@@ -24,23 +24,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from command.flags import DEFAULT_BASE, parse
+from command.process import Progress, pick_device, run_command, say, start_process, sum_over_processes, this_process
 from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode, hold_out, read_jsonl, shuffled_batches, source_ids
 from model import Decoder, KVCache
 from prefix import Prefix
 from small_base.pretrain import pretrain, read_text
-from small_base.process import Progress, pick_device, run_command, say, start_process, sum_over_processes, this_process
-from small_base.world import TASKS, task_examples
+from small_base.world import task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
 from storage.base import fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint, Curve
 from storage.files import TRAINING, check_place, check_predictions, read_json, replace_file, write_json
-from storage.hub import HUB_REPOS, base_directory
+from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_tokenizer
 
-DEFAULT_BASE = Path("out/base")
+Rows = dict[str, list[Row]]  # by split: train, validation, test
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, the foremost first
-STARTS = ("text", "vocab", "random", "zero")
 
 
 class Recipe(NamedTuple):
@@ -60,6 +60,7 @@ RECIPES = {
     "none": Recipe((), 0, 0.0, 0),
     "pretrain": Recipe((), 0, 2e-2, 350),
 }
+
 
 def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None:
     """Adapters, the foremost first -> the cache of them all: each one is computed behind those before it."""
@@ -121,32 +122,32 @@ class Plan(NamedTuple):
     eval_every: int
     save_every: int
 
+    def rate(self, step: int) -> float:
+        """-> the learning rate of a step, counted from 1: a short warm-up, then a straight line down (Li & Liang, appendix)."""
+        return self.lr * min(step / 10, (self.steps - step + 1) / self.steps)
+
 
 class Diverged(ValueError):
     """The loss is no number any more."""
 
 
-def tune(
-    model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]], plan: Plan, checkpoint: Checkpoint | None = None
-) -> Curve:
+def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None) -> Curve:
     """Trains the adapters, or the model itself if there are none -> its validation losses, (step, nats per token)."""
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
-    step, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
-    if step == 0:
-        curve.append((0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
-    say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {step}' if step else 'before the first step'}")
-    progress, (rank, processes) = Progress(step, plan.steps), this_process()
-    for step_rows in islice(shuffled_batches(rows["train"], plan.steps, plan.batch_size, plan.seed), step, None):
+    done, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
+    curve = curve or [(0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0])]
+    say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {done}' if done else 'before the first step'}")
+    progress, (rank, processes) = Progress(done, plan.steps), this_process()
+    batches = islice(shuffled_batches(rows["train"], plan.steps, plan.batch_size, plan.seed), done, None)
+    for step, step_rows in enumerate(batches, start=done + 1):
         batch = batch_of(step_rows[rank::processes], model.device)
-        # a short warm-up, then a straight line down (Li & Liang, appendix)
-        optimizer.param_groups[0]["lr"] = plan.lr * min((step + 1) / 10, (plan.steps - step) / plan.steps)
+        optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
         loss = loss_of(model, batch, stacked_past_kv(adapters, model), sum(len(row.target) for row in step_rows))
         loss.backward()
         sum_over_processes(loss, trainee)
         optimizer.step()
-        step += 1
         if step % plan.eval_every == 0 or step == plan.steps:
             curve.append((step, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
         if not math.isfinite(losses := loss.item() + curve[-1][1]):
@@ -229,84 +230,9 @@ def answers(
     return texts
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command-line arguments -> flags, a method's defaults filled in. Raises ValueError for what does not go together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    add = parser.add_argument_group("what to do").add_argument
-    add("--method", choices=RECIPES, default="prefix", help="(default: prefix)")
-    add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (default: sentence)")
-    add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
-    add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
-    names = ", ".join(HUB_REPOS)
-    add("--base", metavar="DIR", default=DEFAULT_BASE, help=f"Hugging Face directory, OWNER/NAME on their hub, or {names} (default: {DEFAULT_BASE})")
-    add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
-
-    add = parser.add_argument_group("the adapter").add_argument
-    add("--n-virtual", metavar="P", type=int, help="virtual tokens an adapter (default: prefix 8, soft_prompt 6, both 4 and 4)")
-    add("--init", default="text", help=f"start: {', '.join(STARTS)}, or the directory of a trained adapter (default: text)")
-    add("--init-text", metavar="TEXT", help="for --init text (default: the end of the first training example)")
-    add("--mid-dim", metavar="M", type=int, help="train the prefix through an MLP of this width (default: directly)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="optimizer steps (default: by method)")
-    add("--lr", type=float, help="peak learning rate (default: by method)")
-    add("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
-    add("--seed", type=int, default=0, help="of the data, the order, the initialisation and sampling (default: 0)")
-    add("--eval-every", metavar="STEPS", type=int, help="between two looks at the validation data (default: a tenth of --steps)")
-    add("--save-every", metavar="STEPS", type=int, help="between two checkpoints (default: a tenth of --steps)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (default: that of its file)")
-
-    add = parser.add_argument_group("saving and using").add_argument
-    add("--out", metavar="DIR", type=Path, help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
-    add("--predict", metavar="FILE", type=Path, help="write input, target and prediction of the test data as JSONL")
-    add("--adapter", metavar="DIR", nargs="+", action="extend", help="trained adapters to use with --prompt, foremost first")
-    add("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
-    add("--temperature", type=float, help="sample the completion of --prompt (default: take the likeliest tokens)")
-    add("--top-k", metavar="K", type=int, help="sample among the K likeliest tokens (default: among all)")
-
-    args = parser.parse_args(argv)
-    check_flags(args)
-    recipe = RECIPES[args.method]
-    args.n_virtual = args.n_virtual or recipe.n_virtual
-    args.steps = 0 if args.method == "none" else args.steps or recipe.steps
-    args.lr = args.lr or recipe.lr
-    args.eval_every = args.eval_every or math.ceil(args.steps / 10) or 1
-    args.save_every = args.save_every or math.ceil(args.steps / 10) or 1
-    args.task = Path(args.data).stem if args.data else args.task or "sentence"
-    args.out = args.out or (DEFAULT_BASE if args.method == "pretrain" else Path("out", args.task, args.method))
-    return args
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError for numbers out of range, and flags that would be ignored."""
-    ranges = dict.fromkeys(("steps", "eval_every", "save_every", "top_k"), (1, 10**9)) | {"lr": (1e-30, 1e38)}
-    ranges |= {"n_virtual": (1, 10**5), "mid_dim": (1, 10**4), "batch_size": (1, 10**5), "seed": (0, 2**63 - 1)}
-    for name, (low, high) in (ranges | {"temperature": (0, 1e6)}).items():
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} to {high}")
-    method, sampling = args.method, args.temperature is not None or args.top_k is not None
-    for wrong, sentence in [
-        (args.adapter and args.prompt is None, "--adapter needs a --prompt to complete; to train on from one, give it as --init"),
-        (sampling and args.prompt is None, "--temperature and --top-k sample the completion of a --prompt: give one"),
-        (args.top_k and not args.temperature, "--top-k samples, and needs a --temperature above 0"),
-        (args.data is not None and args.task, "--task is an embedded task, and --data your own: give one of them"),
-        (args.val_data is not None and args.data is None, "--val-data goes with --data"),
-        (args.init_text is not None and args.init != "text", f"--init-text goes with --init text, not {args.init}"),
-        (args.init_text == "", "--init-text is empty: give a text"),
-        (args.n_virtual and args.init not in STARTS, f"--n-virtual with --init {args.init}: a trained adapter keeps its length"),
-        (args.mid_dim and method not in ("prefix", "both"), f"--mid-dim goes with a prefix, not with --method {method}"),
-        (args.corpus and method != "pretrain", f"--corpus goes with --method pretrain, not {method}"),
-    ]:
-        if wrong:
-            raise ValueError(sentence)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Command-line arguments -> what was measured. Raises ValueError, in one sentence, for what a user got wrong."""
-    args = parse(argv)
+    args = parse(argv, __doc__, RECIPES)
     rank, processes = start_process()
     device = pick_device(args.device)
     if args.batch_size < processes:
@@ -375,7 +301,7 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     return found
 
 
-def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]]) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: Rows) -> dict[str, Any]:
     """-> all that decides how a run goes, and its sizes; two runs that agree in it are the same run."""
     flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size", "seed", "eval_every")
     examples = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A process: how it starts, meets others under torchrun, says what it does, and ends. Pretraining and train.py use it."""
+"""A process: how it starts, meets others under torchrun, says what it does, and ends. Every program here uses it."""
 
 import math
 import os
