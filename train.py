@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from command.flags import DEFAULT_BASE, parse
-from command.process import Progress, pick_device, run_command, say, start_process, sum_over_processes, this_process
-from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode, hold_out, read_jsonl, shuffled_batches, source_ids
+from command.process import Progress, barrier, pick_device, run_command, say, start_process, sum_over_processes, this_process
+from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode
+from data import hold_out, read_jsonl, shuffled_batches, source_ids
 from model import Decoder, KVCache
 from prefix import Prefix
 from small_base.pretrain import pretrain, read_text
@@ -44,7 +44,7 @@ STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, th
 
 
 class Recipe(NamedTuple):
-    """What a method trains with unless told otherwise; the learning rates were chosen on validation data, for the small base."""
+    """What a method trains with unless told otherwise; learning rates were chosen on validation data, for the small base."""
 
     adapters: tuple[type[nn.Module], ...]
     n_virtual: int  # of each adapter
@@ -211,7 +211,7 @@ def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
 
 @torch.inference_mode()  # as no_grad, and on a small model a tenth quicker
 def answers(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int, **sampling: Any
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int, **how: Any
 ) -> list[str]:
     """Source ids -> their continuations as text, each of at most `limit` tokens, up to the end of text.
 
@@ -224,7 +224,7 @@ def answers(
         room = max(1, min(limit, model.config.block_size + 1 - n_past - length))
         for chunk in (lengths == length).nonzero()[:, 0].split(32):
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
-            new = model.generate(idx, room, past_kv, stop_token=end, **sampling)[:, length:]
+            new = model.generate(idx, room, past_kv, stop_token=end, **how)[:, length:]
             for i, row in zip(chunk, new.tolist()):  # filled up with the end of text, once it has come
                 texts[i] = tokenizer.decode([token for token in row if token != end and token < tokenizer.n_vocab])
     return texts
@@ -238,15 +238,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.batch_size < processes:
         raise ValueError(f"--batch-size {args.batch_size} for {processes} processes: give each an example at least")
     if args.method == "pretrain":
-        texts = [read_text(path) for path in args.corpus]
-        pretrain(args.out, texts, args.steps, args.lr, args.batch_size, args.seed, device)
+        pretrain(args.out, [read_text(path) for path in args.corpus], args.steps, args.lr, args.batch_size, args.seed, device)
         return {"method": "pretrain", "out": str(args.out)}
     examples = load_examples(args.task, args.data, args.val_data, args.seed) if args.prompt is None else {}
     if args.base == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
         recipe = RECIPES["pretrain"]  # the same for every run
         pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
-    if processes > 1:
-        dist.barrier()
+    barrier()
     tokenizer, model = load_tokenizer(args.base), load_base(args.base)
     model = model.to(device, args.dtype and getattr(torch, args.dtype)).freeze()
     if args.prompt is None:
@@ -261,16 +259,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
     """Tunes, saves, and only then tests and shows -> what was measured. Whatever could fail is checked before."""
-    if args.method == "full":
-        if model.dtype.itemsize < 4:
-            raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
-        model.requires_grad_(True)
+    if args.method == "full" and model.dtype.itemsize < 4:
+        raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
+    model.requires_grad_(args.method == "full")
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
     how = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
     adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *how)
-    past_kv = stacked_past_kv(adapters, model)
+    past_kv, context = stacked_past_kv(adapters, model), model.config.block_size
     for split in rows:
-        check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
+        check_lengths(examples[split], rows[split], context, past_kv[0][0].size(2) if past_kv else 0)
     settings = settings_of(args, model, adapters, rows)
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names  # becomes training.json
@@ -279,9 +276,10 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
         check_place(place, found)
     if args.predict:
         check_predictions(args.predict)
-    say(f"base     {model.name}: {found['n_base']:,} parameters, context {model.config.block_size}, {found['dtype']} on {model.device}")
+    say(f"base     {model.name}: {found['n_base']:,} parameters, context {context}, {found['dtype']} on {model.device}")
     say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
-    say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found))
+    numbers = "trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found)
+    say(f"method   {args.method}: {numbers}")
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
     found["loss_frozen"], hits_frozen = evaluate(model, [], rows["test"], args.batch_size)
 
@@ -314,7 +312,7 @@ def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Modu
 
 
 def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use what was saved."""
+    """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use it."""
     for place, adapter in zip(places, adapters or [None]):
         write_json(place / TRAINING, found)
         if adapter:
@@ -337,7 +335,7 @@ def show(
     model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example], rows: list[Row],
     hits: list[bool], file: Path | None,
 ) -> None:  # fmt: skip
-    """Prints three examples and their greedy answers, wrong ones first; with a file named, writes all of them to it as JSONL."""
+    """Prints three examples and their greedy answers, wrong ones first; with a file, writes all of them to it as JSONL."""
     order = sorted(range(len(rows)), key=hits.__getitem__)[: None if file else 3]
     texts = answers(model, adapters, tokenizer, [rows[i].source for i in order], 2 * max(len(row.target) for row in rows))
     found = {i: {"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(order, texts)}

@@ -76,7 +76,7 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
     add("--lr", type=float, help=f"peak learning rate ({by_method('lr')})")
     add("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
     add("--seed", type=int, default=0, help="of the data, the order, the initialisation and sampling (default: 0)")
-    add("--eval-every", metavar="STEPS", type=int, help="between two looks at the validation data (default: a tenth of --steps)")
+    add("--eval-every", metavar="STEPS", type=int, help="between looks at the validation data (default: a tenth of --steps)")
     add("--save-every", metavar="STEPS", type=int, help="between two checkpoints (default: a tenth of --steps)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
@@ -97,16 +97,16 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, (low, high) in RANGES.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} to {high}")
-    method, sampling = args.method, args.temperature is not None or args.top_k is not None
+    method, init, sampling = args.method, args.init, args.temperature is not None or args.top_k is not None
     for wrong, sentence in [
-        (args.adapter and args.prompt is None, "--adapter needs a --prompt to complete; to train on from one, give it as --init"),
+        (args.adapter and args.prompt is None, "--adapter needs a --prompt to complete; to train on from it, use --init"),
         (sampling and args.prompt is None, "--temperature and --top-k sample the completion of a --prompt: give one"),
         (args.top_k and not args.temperature, "--top-k samples, and needs a --temperature above 0"),
         (args.data is not None and args.task, "--task is an embedded task, and --data your own: give one of them"),
         (args.val_data is not None and args.data is None, "--val-data goes with --data"),
-        (args.init_text is not None and args.init != "text", f"--init-text goes with --init text, not {args.init}"),
+        (args.init_text is not None and init != "text", f"--init-text goes with --init text, not {init}"),
         (args.init_text == "", "--init-text is empty: give a text"),
-        (args.n_virtual and args.init not in STARTS, f"--n-virtual with --init {args.init}: a trained adapter keeps its length"),
+        (args.n_virtual and init not in STARTS, f"--n-virtual with --init {init}: a trained adapter keeps its length"),
         (args.mid_dim and method not in ("prefix", "both"), f"--mid-dim goes with a prefix, not with --method {method}"),
         (args.corpus and method != "pretrain", f"--corpus goes with --method pretrain, not {method}"),
     ]:

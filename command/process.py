@@ -33,6 +33,12 @@ def this_process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def sum_over_processes(loss: Tensor, trainee: nn.Module) -> None:
     """Sums the loss and the gradients in place. Nothing else has to travel."""
     if dist.is_initialized():
