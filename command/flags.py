@@ -55,14 +55,13 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
         values = {method: getattr(recipe, what) for method, recipe in recipes.items()}
         return "default: " + ", ".join(f"{method} {value:g}" for method, value in values.items() if value)
 
-    bases = ", ".join(HUB_REPOS)
+    bases = f"Hugging Face directory, OWNER/NAME on their hub, or {', '.join(HUB_REPOS)} (default: {DEFAULT_BASE})"
     add = parser.add_argument_group("what to do").add_argument
     add("--method", choices=recipes, default="prefix", help="(default: prefix)")
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (default: sentence)")
     add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
     add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
-    add("--base", metavar="DIR", default=DEFAULT_BASE, help=f"Hugging Face directory, OWNER/NAME on their hub, or {bases} "
-        f"(default: {DEFAULT_BASE})")  # fmt: skip
+    add("--base", metavar="DIR", default=DEFAULT_BASE, help=bases)
     add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
 
     add = parser.add_argument_group("the adapter").add_argument

@@ -1129,6 +1129,17 @@ def test_bad_flags_get_a_sentence(base, tmp_path, monkeypatch, flags, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_help_names_each_methods_defaults(capsys):
+    """As the recipes have them; a method that has none is left out."""
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--n-virtual P virtual tokens an adapter (default: prefix 8, soft_prompt 6, both 4)" in said
+    assert "optimizer steps (default: prefix 150, soft_prompt 150, both 150, full 150, pretrain 350)" in said
+    assert "peak learning rate (default: prefix 0.3, soft_prompt 0.1, both 0.3, full 0.0015, pretrain 0.02)" in said
+    assert train.__doc__.splitlines()[0] in said and "distilgpt2 (default: out/base)" in said
+
+
 def test_missing_data_is_reported_before_a_base_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "pretrain", None)
