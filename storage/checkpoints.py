@@ -59,7 +59,7 @@ class Checkpoint(NamedTuple):
         places = numbers_of(trainee, optimizer)
         whole = curve and {name: t.shape for name, t in places.items()} == {name: t.shape for name, t in tensors.items()}
         if not whole or step < 1 or any(t.item() != step for name, t in tensors.items() if name.endswith("/step")):
-            raise ValueError(f"{self.file} is not a whole checkpoint (its numbers are not those of step {step}): delete it to start anew")
+            raise ValueError(f"{self.file} is not a whole checkpoint (not all numbers of step {step}): delete it to start anew")
         for name, place in places.items():
             place.copy_(tensors[name])
         return step, curve
