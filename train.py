@@ -20,31 +20,31 @@ from typing import Any, NamedTuple
 
 import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode, hold_out, read_jsonl, shuffled_batches, source_ids
+from command.flags import DEFAULT_BASE, parse
+from command.process import Progress, barrier, pick_device, run_command, say, start_process, sum_over_processes, this_process
+from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode
+from data import hold_out, read_jsonl, shuffled_batches, source_ids
 from model import Decoder, KVCache
 from prefix import Prefix
 from small_base.pretrain import pretrain, read_text
-from small_base.process import Progress, pick_device, run_command, say, start_process, sum_over_processes, this_process
-from small_base.world import TASKS, task_examples
+from small_base.world import task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
 from storage.base import fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint, Curve
 from storage.files import TRAINING, check_place, check_predictions, read_json, replace_file, write_json
-from storage.hub import HUB_REPOS, base_directory
+from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_tokenizer
 
-DEFAULT_BASE = Path("out/base")
+Rows = dict[str, list[Row]]  # by split: train, validation, test
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, the foremost first
-STARTS = ("text", "vocab", "random", "zero")
 
 
 class Recipe(NamedTuple):
-    """What a method trains with unless told otherwise; the learning rates were chosen on validation data, for the small base."""
+    """What a method trains with unless told otherwise; learning rates were chosen on validation data, for the small base."""
 
     adapters: tuple[type[nn.Module], ...]
     n_virtual: int  # of each adapter
@@ -60,6 +60,7 @@ RECIPES = {
     "none": Recipe((), 0, 0.0, 0),
     "pretrain": Recipe((), 0, 2e-2, 350),
 }
+
 
 def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None:
     """Adapters, the foremost first -> the cache of them all: each one is computed behind those before it."""
@@ -121,32 +122,28 @@ class Plan(NamedTuple):
     eval_every: int
     save_every: int
 
+    def rate(self, step: int) -> float:
+        """-> the learning rate of a step, counted from 1: a short warm-up, then a straight line down (Li & Liang, appendix)."""
+        return self.lr * min(step / 10, (self.steps - step + 1) / self.steps)
+
 
 class Diverged(ValueError):
     """The loss is no number any more."""
 
 
-def tune(
-    model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]], plan: Plan, checkpoint: Checkpoint | None = None
-) -> Curve:
+def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None) -> Curve:
     """Trains the adapters, or the model itself if there are none -> its validation losses, (step, nats per token)."""
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
-    step, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
-    if step == 0:
-        curve.append((0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
-    say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {step}' if step else 'before the first step'}")
-    progress, (rank, processes) = Progress(step, plan.steps), this_process()
-    for step_rows in islice(shuffled_batches(rows["train"], plan.batch_size, plan.seed), step, plan.steps):
+    batches = islice(shuffled_batches(rows["train"], plan.batch_size, plan.seed), done, plan.steps)
+    for step, step_rows in enumerate(batches, start=done + 1):
         batch = batch_of(step_rows[rank::processes], model.device)
-        # a short warm-up, then a straight line down (Li & Liang, appendix)
-        optimizer.param_groups[0]["lr"] = plan.lr * min((step + 1) / 10, (plan.steps - step) / plan.steps)
+        optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
         loss = loss_of(model, batch, stacked_past_kv(adapters, model), sum(len(row.target) for row in step_rows))
         loss.backward()
         sum_over_processes(loss, trainee)
         optimizer.step()
-        step += 1
         if step % plan.eval_every == 0 or step == plan.steps:
             curve.append((step, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
         if not math.isfinite(losses := loss.item() + curve[-1][1]):
@@ -210,7 +207,7 @@ def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
 
 @torch.inference_mode()  # as no_grad, and on a small model a tenth quicker
 def answers(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int, **sampling: Any
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int, **how: Any
 ) -> list[str]:
     """Source ids -> their continuations as text, each of at most `limit` tokens, up to the end of text.
 
@@ -223,104 +220,27 @@ def answers(
         room = max(1, min(limit, model.config.block_size + 1 - n_past - length))
         for chunk in (lengths == length).nonzero()[:, 0].split(32):
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
-            new = model.generate(idx, room, past_kv, stop_token=end, **sampling)[:, length:]
+            new = model.generate(idx, room, past_kv, stop_token=end, **how)[:, length:]
             for i, row in zip(chunk, new.tolist()):  # filled up with the end of text, once it has come
                 texts[i] = tokenizer.decode([token for token in row if token != end and token < tokenizer.n_vocab])
     return texts
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command-line arguments -> flags, a method's defaults filled in. Raises ValueError for what does not go together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    add = parser.add_argument_group("what to do").add_argument
-    add("--method", choices=RECIPES, default="prefix", help="(default: prefix)")
-    add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (default: sentence)")
-    add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
-    add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
-    names = ", ".join(HUB_REPOS)
-    add("--base", metavar="DIR", default=DEFAULT_BASE, help=f"Hugging Face directory, OWNER/NAME on their hub, or {names} (default: {DEFAULT_BASE})")
-    add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
-
-    add = parser.add_argument_group("the adapter").add_argument
-    add("--n-virtual", metavar="P", type=int, help="virtual tokens an adapter (default: prefix 8, soft_prompt 6, both 4 and 4)")
-    add("--init", default="text", help=f"start: {', '.join(STARTS)}, or the directory of a trained adapter (default: text)")
-    add("--init-text", metavar="TEXT", help="for --init text (default: the end of the first training example)")
-    add("--mid-dim", metavar="M", type=int, help="train the prefix through an MLP of this width (default: directly)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="optimizer steps (default: by method)")
-    add("--lr", type=float, help="peak learning rate (default: by method)")
-    add("--batch-size", metavar="B", type=int, default=16, help="examples a step (default: 16)")
-    add("--seed", type=int, default=0, help="of the data, the order, the initialisation and sampling (default: 0)")
-    add("--eval-every", metavar="STEPS", type=int, help="between two looks at the validation data (default: a tenth of --steps)")
-    add("--save-every", metavar="STEPS", type=int, help="between two checkpoints (default: a tenth of --steps)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (default: that of its file)")
-
-    add = parser.add_argument_group("saving and using").add_argument
-    add("--out", metavar="DIR", type=Path, help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
-    add("--predict", metavar="FILE", type=Path, help="write input, target and prediction of the test data as JSONL")
-    add("--adapter", metavar="DIR", nargs="+", action="extend", help="trained adapters to use with --prompt, foremost first")
-    add("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
-    add("--temperature", type=float, help="sample the completion of --prompt (default: take the likeliest tokens)")
-    add("--top-k", metavar="K", type=int, help="sample among the K likeliest tokens (default: among all)")
-
-    args = parser.parse_args(argv)
-    check_flags(args)
-    recipe = RECIPES[args.method]
-    args.n_virtual = args.n_virtual or recipe.n_virtual
-    args.steps = 0 if args.method == "none" else args.steps or recipe.steps
-    args.lr = args.lr or recipe.lr
-    args.eval_every = args.eval_every or math.ceil(args.steps / 10) or 1
-    args.save_every = args.save_every or math.ceil(args.steps / 10) or 1
-    args.task = Path(args.data).stem if args.data else args.task or "sentence"
-    args.out = args.out or (DEFAULT_BASE if args.method == "pretrain" else Path("out", args.task, args.method))
-    return args
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError for numbers out of range, and flags that would be ignored."""
-    ranges = dict.fromkeys(("steps", "eval_every", "save_every", "top_k"), (1, 10**9)) | {"lr": (1e-30, 1e38)}
-    ranges |= {"n_virtual": (1, 10**5), "mid_dim": (1, 10**4), "batch_size": (1, 10**5), "seed": (0, 2**63 - 1)}
-    for name, (low, high) in (ranges | {"temperature": (0, 1e6)}).items():
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} to {high}")
-    method, sampling = args.method, args.temperature is not None or args.top_k is not None
-    for wrong, sentence in [
-        (args.adapter and args.prompt is None, "--adapter needs a --prompt to complete; to train on from one, give it as --init"),
-        (sampling and args.prompt is None, "--temperature and --top-k sample the completion of a --prompt: give one"),
-        (args.top_k and not args.temperature, "--top-k samples, and needs a --temperature above 0"),
-        (args.data is not None and args.task, "--task is an embedded task, and --data your own: give one of them"),
-        (args.val_data is not None and args.data is None, "--val-data goes with --data"),
-        (args.init_text is not None and args.init != "text", f"--init-text goes with --init text, not {args.init}"),
-        (args.init_text == "", "--init-text is empty: give a text"),
-        (args.n_virtual and args.init not in STARTS, f"--n-virtual with --init {args.init}: a trained adapter keeps its length"),
-        (args.mid_dim and method not in ("prefix", "both"), f"--mid-dim goes with a prefix, not with --method {method}"),
-        (args.corpus and method != "pretrain", f"--corpus goes with --method pretrain, not {method}"),
-    ]:
-        if wrong:
-            raise ValueError(sentence)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Command-line arguments -> what was measured. Raises ValueError, in one sentence, for what a user got wrong."""
-    args = parse(argv)
+    args = parse(argv, __doc__, RECIPES)
     rank, processes = start_process()
     device = pick_device(args.device)
     if args.batch_size < processes:
         raise ValueError(f"--batch-size {args.batch_size} for {processes} processes: give each an example at least")
     if args.method == "pretrain":
-        texts = [read_text(path) for path in args.corpus]
-        pretrain(args.out, texts, args.steps, args.lr, args.batch_size, args.seed, device)
+        pretrain(args.out, [read_text(path) for path in args.corpus], args.steps, args.lr, args.batch_size, args.seed, device)
         return {"method": "pretrain", "out": str(args.out)}
     examples = load_examples(args.task, args.data, args.val_data, args.seed) if args.prompt is None else {}
     if args.base == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
         recipe = RECIPES["pretrain"]  # the same for every run
         pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
-    if processes > 1:
-        dist.barrier()
+    barrier()
     tokenizer, model = load_tokenizer(args.base), load_base(args.base)
     model = model.to(device, args.dtype and getattr(torch, args.dtype)).freeze()
     if args.prompt is None:
@@ -335,16 +255,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
     """Tunes, saves, and only then tests and shows -> what was measured. Whatever could fail is checked before."""
-    if args.method == "full":
-        if model.dtype.itemsize < 4:
-            raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
-        model.requires_grad_(True)
+    if args.method == "full" and model.dtype.itemsize < 4:
+        raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
+    model.requires_grad_(args.method == "full")
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
     how = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
     adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *how)
-    past_kv = stacked_past_kv(adapters, model)
+    past_kv, context = stacked_past_kv(adapters, model), model.config.block_size
     for split in rows:
-        check_lengths(examples[split], rows[split], model.config.block_size, past_kv[0][0].size(2) if past_kv else 0)
+        check_lengths(examples[split], rows[split], context, past_kv[0][0].size(2) if past_kv else 0)
     settings = settings_of(args, model, adapters, rows)
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names  # becomes training.json
@@ -353,9 +272,10 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
         check_place(place, found)
     if args.predict:
         check_predictions(args.predict)
-    say(f"base     {model.name}: {found['n_base']:,} parameters, context {model.config.block_size}, {found['dtype']} on {model.device}")
+    say(f"base     {model.name}: {found['n_base']:,} parameters, context {context}, {found['dtype']} on {model.device}")
     say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
-    say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found))
+    numbers = "trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found)
+    say(f"method   {args.method}: {numbers}")
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
     found["loss_frozen"], hits_frozen = evaluate(model, [], rows["test"], args.batch_size)
 
@@ -375,7 +295,7 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     return found
 
 
-def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: dict[str, list[Row]]) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: Rows) -> dict[str, Any]:
     """-> all that decides how a run goes, and its sizes; two runs that agree in it are the same run."""
     flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size", "seed", "eval_every")
     examples = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
@@ -388,7 +308,7 @@ def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Modu
 
 
 def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use what was saved."""
+    """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use it."""
     for place, adapter in zip(places, adapters or [None]):
         write_json(place / TRAINING, found)
         if adapter:
@@ -411,7 +331,7 @@ def show(
     model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example], rows: list[Row],
     hits: list[bool], file: Path | None,
 ) -> None:  # fmt: skip
-    """Prints three examples and their greedy answers, wrong ones first; with a file named, writes all of them to it as JSONL."""
+    """Prints three examples and their greedy answers, wrong ones first; with a file, writes all of them to it as JSONL."""
     order = sorted(range(len(rows)), key=hits.__getitem__)[: None if file else 3]
     texts = answers(model, adapters, tokenizer, [rows[i].source for i in order], 2 * max(len(row.target) for row in rows))
     found = {i: {"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(order, texts)}

@@ -21,9 +21,9 @@ from torch import Tensor, nn  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
+from command.process import pick_device, say, start_process  # noqa: E402
 from model import GPT, Decoder, KVCache, attend, causal_mask  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
-from small_base.process import pick_device, say, start_process  # noqa: E402
 from storage.base import load_base  # noqa: E402
 from storage.files import replace_file  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402

@@ -28,9 +28,9 @@ from common import spread, write_json
 from torch import nn
 
 import train
+from command.process import pick_device, run_command, say, start_process
 from data import Batch, Row, batch_of
 from model import Decoder, KVCache, rows_of
-from small_base.process import pick_device, run_command, say, start_process
 from small_base.world import TASKS
 from storage.base import fingerprint
 from storage.checkpoints import Checkpoint

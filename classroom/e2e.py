@@ -30,7 +30,7 @@ import train
 from data import Example, Row, batch_of, encode, read_jsonl, source_ids
 from model import Decoder
 from prefix import Prefix
-from small_base.process import run_command, say
+from command.process import run_command, say
 from soft_prompt import SoftPrompt
 from storage.base import fingerprint, load_base
 from storage.files import read_json

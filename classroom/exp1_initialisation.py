@@ -10,8 +10,8 @@ get equal gradients.
 from common import Experiment, band, spread
 from inspect_adapter import effective_rank
 
-from small_base.process import run_command
-from train import STARTS
+from command.flags import STARTS
+from command.process import run_command
 
 METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}
 

@@ -8,7 +8,7 @@ and on others. A longer prefix can only fit more; whether it should is what the 
 
 from common import Experiment, band, spread
 
-from small_base.process import run_command
+from command.process import run_command
 from small_base.world import task_examples
 from train import evaluate
 

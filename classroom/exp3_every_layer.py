@@ -9,7 +9,7 @@ soft prompt pays for it: 64 of its tokens leave half of the context to the text.
 
 from common import Experiment, band, spread
 
-from small_base.process import run_command
+from command.process import run_command
 
 TASKS = ("sentence", "chat")
 METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}

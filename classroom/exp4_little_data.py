@@ -9,7 +9,7 @@ examples.
 
 from common import Experiment, band, spread
 
-from small_base.process import run_command
+from command.process import run_command
 from small_base.world import task_examples
 
 METHODS = {"prefix": "prefix", "full": "full fine-tuning"}

@@ -11,8 +11,8 @@ import statistics
 
 from common import Experiment, spread
 
+from command.process import run_command
 from data import encode
-from small_base.process import run_command
 from small_base.world import TASKS, task_examples
 from train import evaluate, share
 

@@ -17,8 +17,8 @@ import torch
 from common import Experiment, band, moved, spread
 from torch import Tensor
 
+from command.process import run_command
 from small_base.pretrain import pretrain
-from small_base.process import run_command
 from train import RECIPES, evaluate
 
 

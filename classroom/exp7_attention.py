@@ -10,7 +10,7 @@ import torch
 from common import Experiment, spread
 from inspect_adapter import virtual_share
 
-from small_base.process import run_command
+from command.process import run_command
 from train import RECIPES, new_adapters, stacked_past_kv
 
 METHODS = {"prefix": "prefix", "soft_prompt": "soft prompt"}

@@ -12,8 +12,8 @@ import statistics
 
 from common import Experiment, spread
 
+from command.process import run_command
 from data import encode
-from small_base.process import run_command
 from small_base.world import DOCUMENTS, Task, random_record, task_example
 from train import evaluate
 

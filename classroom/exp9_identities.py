@@ -19,10 +19,10 @@ import torch
 from common import Experiment, attention, moved
 from torch import Tensor
 
+from command.process import run_command
 from data import encode
 from model import GPT
 from prefix import Prefix
-from small_base.process import run_command
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
 

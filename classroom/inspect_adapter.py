@@ -14,9 +14,9 @@ import torch
 from common import attention, figure, load_base, load_tokenizer, markdown
 from torch import Tensor
 
+from command.process import pick_device, run_command, say, start_process
 from data import Row, check_lengths, encode
 from model import GPT, KVCache
-from small_base.process import pick_device, run_command, say, start_process
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt
 from train import DEFAULT_BASE, evaluate, load_adapters, load_examples, stacked_past_kv

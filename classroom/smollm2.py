@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from common import write_json
 
-from small_base.process import run_command, say
+from command.process import run_command, say
 from storage.files import write_tensors
 
 # llama.cpp's names of weights, part by part -> Hugging Face's

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor, nn
 
+from command.process import Progress, say
 from model import GPT, GPTConfig
-from small_base.process import Progress, say
 from small_base.world import random_document
 from storage.base import save_base
 from storage.files import TRAINING, check_place, write_json

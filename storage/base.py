@@ -15,6 +15,7 @@ from storage.hub import WEIGHTS, base_directory, shards
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights may have; for float8, torch has no sum
 FAMILIES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # what config.json calls them, and people
+PREFIX = re.compile(r"^(transformer|model)\.")  # of a weight's name, which some writers leave out
 
 # Our sizes under the names of config.json; what it says of every model here: of a foreign one, what differs is refused by
 # name; and our weights under the names of model.safetensors.
@@ -22,10 +23,11 @@ GPT2_SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_
 GPT2_SIZES |= dict(layer_norm_epsilon="layer_norm_epsilon")
 GPT2_SAME = dict(model_type="gpt2", activation_function="gelu_new", n_inner=None, tie_word_embeddings=True)
 GPT2_SAME |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-LLAMA_SIZES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", head_dim="head_dim")
-LLAMA_SIZES |= dict(n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", n_inner="intermediate_size")
-LLAMA_SIZES |= dict(rms_norm_eps="rms_norm_eps")
+LLAMA_SIZES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers")
+LLAMA_SIZES |= dict(n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size")
+LLAMA_SIZES |= dict(n_inner="intermediate_size", head_dim="head_dim", rms_norm_eps="rms_norm_eps")
 LLAMA_SAME = dict(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False, partial_rotary_factor=1.0)
+GPT2_WEIGHTS = {r"^": "transformer."}
 LLAMA_WEIGHTS = {r"^wte": "model.embed_tokens", r"^h\.": "model.layers.", r"^ln_f": "model.norm", r"\.attn\.": ".self_attn."}
 LLAMA_WEIGHTS |= {r"\.ln_1": ".input_layernorm", r"\.ln_2": ".post_attention_layernorm"}
 
@@ -41,11 +43,11 @@ def load_base(name_or_dir: str | Path) -> Decoder:
     with torch.device("meta"):
         model = GPT(config) if isinstance(config, GPTConfig) else Llama(config)
     model.name = str(name_or_dir)
-    names, weights = {without_prefix(their_name(name, model)): name for name in model.state_dict()}, {}
+    names, weights = {PREFIX.sub("", their_name(name, model)): name for name in model.state_dict()}, {}
     for file in shards(directory):
         for key, tensor in read_tensors(saved_file(directory, file)).items():
             if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old
-                name = names.get(without_prefix(key), key)
+                name = names.get(PREFIX.sub("", key), key)
                 weights[name] = stored(name, tensor)
     tied_head = None if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
     try:
@@ -93,15 +95,9 @@ def stored(name: str, weight: Tensor) -> Tensor:
 
 def their_name(name: str, model: Decoder) -> str:
     """What a weight is called here -> in Hugging Face's files."""
-    if isinstance(model, GPT):
-        return f"transformer.{name}"
-    for ours, theirs in LLAMA_WEIGHTS.items():
+    for ours, theirs in (GPT2_WEIGHTS if isinstance(model, GPT) else LLAMA_WEIGHTS).items():
         name = re.sub(ours, theirs, name)
     return name
-
-
-def without_prefix(key: str) -> str:
-    return key.removeprefix("transformer.").removeprefix("model.")  # which some writers leave out
 
 
 def read_config(directory: Path) -> GPTConfig | LlamaConfig:
@@ -115,7 +111,8 @@ def read_config(directory: Path) -> GPTConfig | LlamaConfig:
     names, same = (GPT2_SIZES, GPT2_SAME) if gpt2 else (LLAMA_SIZES, LLAMA_SAME)
     heads, width = found.get("num_attention_heads"), found.get("hidden_size")
     if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
-        found |= {"num_key_value_heads": found.get("num_key_value_heads") or heads, "head_dim": found.get("head_dim") or width // heads}
+        found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
+        found["head_dim"] = found.get("head_dim") or width // heads
     sizes: dict[str, Any] = {ours: found.get(theirs) for ours, theirs in names.items()}
     right = [type(n) is (float if "eps" in ours else int) and 0 < n < 10**7 for ours, n in sizes.items()]
     if not all(right) or sizes["n_layer"] > 1000:

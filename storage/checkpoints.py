@@ -7,12 +7,19 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from storage.files import write_tensors
 
 Curve = list[tuple[int, float]]  # validation losses: (step, nats per target token)
+
+
+def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    """-> all numbers of a training, by name: the weights, and AdamW's step and two averages of the i-th parameter."""
+    averages = optimizer.state_dict()["state"]
+    return trainee.state_dict() | {f"{i}/{name}": tensor for i, own in averages.items() for name, tensor in own.items()}
 
 
 class Checkpoint(NamedTuple):
@@ -22,11 +29,8 @@ class Checkpoint(NamedTuple):
 
     def save(self, trainee: nn.Module, optimizer: optim.Optimizer, step: int, curve: Curve) -> None:
         """Writes the checkpoint; the last one stays until this one is whole."""
-        tensors = trainee.state_dict()
-        for i, averages in optimizer.state_dict()["state"].items():  # of the i-th tensor: step, exp_avg, exp_avg_sq
-            tensors |= {f"{i}/{name}": average for name, average in averages.items()}
         metadata = {"step": step, "curve": curve, "settings": self.settings}
-        write_tensors(self.file, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+        write_tensors(self.file, numbers_of(trainee, optimizer), {key: json.dumps(value) for key, value in metadata.items()})
 
     def load(self, trainee: nn.Module, optimizer: optim.Optimizer) -> tuple[int, Curve]:
         """Puts a checkpoint's numbers in place -> its step and curve; 0 and an empty curve where there is none.
@@ -40,9 +44,7 @@ class Checkpoint(NamedTuple):
                 step, curve, found = (json.loads(opened.metadata()[key]) for key in ("step", "curve", "settings"))
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}
             step, curve, found = int(step), [(int(at), float(loss)) for at, loss in curve], dict(found)
-            if not curve or step < 1:
-                raise ValueError(f"step {step}, {len(curve)} losses")
-        except (SafetensorError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:  # it may be anything
+        except (SafetensorError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:  # whatever it is
             raise ValueError(f"{self.file} is not a whole checkpoint ({error}): delete it to start anew") from None
         if not self.resume:
             raise ValueError(f"{self.file} is of a run stopped after step {step}: add --resume to go on, or delete it")
@@ -50,16 +52,14 @@ class Checkpoint(NamedTuple):
             if found.get(name) != value:
                 other = f"{name} {found.get(name)}, not {value}"
                 raise ValueError(f"{self.file} is of a run with {other}: repeat its flags, or delete it")
-        try:
-            state = {}
-            for i, parameter in enumerate(trainee.parameters()):
-                if parameter.requires_grad:
-                    state[i] = {name: tensors.pop(f"{i}/{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
-                    if [t.shape for t in state[i].values()] != [(), parameter.shape, parameter.shape] or state[i]["step"].item() != step:
-                        raise KeyError(f"the averages of tensor {i} after step {step}")
-            trainee.load_state_dict(tensors)
-        except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
-            reason = str(error).replace("\n", " ")[:200]
-            raise ValueError(f"{self.file} is not a whole checkpoint ({reason}): delete it to start anew") from None
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        for p in trainee.parameters():
+            if p.requires_grad:  # what AdamW has of it from the first step on
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.tensor(0.0)} | zeros
+        places = numbers_of(trainee, optimizer)
+        whole = curve and {name: t.shape for name, t in places.items()} == {name: t.shape for name, t in tensors.items()}
+        if not whole or step < 1 or any(t.item() != step for name, t in tensors.items() if name.endswith("/step")):
+            raise ValueError(f"{self.file} is not a whole checkpoint (not all numbers of step {step}): delete it to start anew")
+        for name, place in places.items():
+            place.copy_(tensors[name])
         return step, curve

@@ -34,10 +34,10 @@ import torch  # noqa: E402
 from common import data, finish, forward, gradients, kept_for_backward, train, write_json  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from command.process import pick_device  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
-from small_base.process import pick_device  # noqa: E402
 from storage.base import load_base, save_base  # noqa: E402
 from storage.files import read_json  # noqa: E402
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 from blank import EXERCISES  # noqa: E402
 
 import train  # noqa: E402
+from command.process import start_process  # noqa: E402
 from data import Example  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig  # noqa: E402
-from small_base.process import start_process  # noqa: E402
 from small_base.world import task_examples  # noqa: E402
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16

@@ -20,10 +20,11 @@ from safetensors.torch import load, save
 
 import data
 import train
+from command.flags import parse
+from command.process import run_command
 from model import GPT, GPTConfig
 from prefix import Prefix
 from small_base.pretrain import train_bpe
-from small_base.process import run_command
 from soft_prompt import SoftPrompt
 from storage.base import fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint
@@ -300,7 +301,7 @@ def test_bad_tokenizers(places):
 def flags(capsys) -> list[str]:
     """-> all that the command line knows, but what sets the size of a run or names a file to write."""
     with pytest.raises(SystemExit, match="0"):
-        train.parse(["--help"])
+        parse(["--help"], train.__doc__, train.RECIPES)
     found = set(re.findall(r"--[a-z]+[a-z-]*", capsys.readouterr().out))
     return sorted(found - {"--help", "--steps", "--batch-size", "--out", "--predict"})
 
@@ -322,7 +323,7 @@ def test_bad_flags(places, capsys):
         argv = []
         for name in rng.sample(names, rng.randrange(1, 6)):
             argv += [name, *rng.choices([*words, text(rng)], k=rng.choice([0, 1, 1, 1, 1, 2]))]
-        outcomes.add(check(lambda: exits(lambda: train.parse(argv)), places, argv))
+        outcomes.add(check(lambda: exits(lambda: parse(argv, train.__doc__, train.RECIPES)), places, argv))
     assert outcomes == {True, False}
 
 

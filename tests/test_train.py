@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import command.process as command_process
 import data
 import small_base.pretrain
-import small_base.process
 import storage.hub
 import train
 from model import GPT, GPTConfig, KVCache
@@ -373,8 +373,8 @@ def test_a_corpus_too_small_to_learn_from(tmp_path, monkeypatch):
 
 def test_pretraining_written_out(tmp_path, monkeypatch, capsys):
     """Which texts, windows that start anywhere, two optimizers, and their rates in the first steps."""
-    shown, show = [], small_base.process.Progress.show
-    monkeypatch.setattr(small_base.process.Progress, "show", lambda self, *given: shown.append(given[:2]) or show(self, *given))
+    shown, show = [], command_process.Progress.show
+    monkeypatch.setattr(command_process.Progress, "show", lambda self, *given: shown.append(given[:2]) or show(self, *given))
     train.pretrain(tmp_path / "base", [], 3, 0.1, batch_size=8, seed=5, device=torch.device("cpu"))
     assert shown == [(1, 8 * 128), (2, 8 * 128), (3, 8 * 128)]
     assert re.search(r"step    3/3  loss \d\.\d\d\d  .* tokens/s", capsys.readouterr().out)
@@ -455,9 +455,9 @@ def test_the_base_saw_every_position(base):
 def shown_by(monkeypatch, capsys, terminal: bool, first: int, steps: int, seconds: float) -> list[tuple[float, str]]:
     """A run of steps of so many seconds and 50 tokens each -> what it prints, and when."""
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(small_base.process, "time", clock)
+    monkeypatch.setattr(command_process, "time", clock)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    progress, printed = small_base.process.Progress(first, steps), []
+    progress, printed = command_process.Progress(first, steps), []
     for step in range(first + 1, steps + 1):
         clock.now += seconds
         progress.show(step, 50, "loss 1.0")
@@ -526,7 +526,7 @@ def test_what_the_second_of_two_processes_does(base, tmp_path, monkeypatch):
     """It takes every second row, hands in its loss and the gradients of what is trained, and saves nothing."""
     handed_in, batches, target_hidden = [], [], train.target_hidden
     two = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2, all_reduce=handed_in.append)
-    monkeypatch.setattr(small_base.process, "dist", two)
+    monkeypatch.setattr(command_process, "dist", two)
     monkeypatch.setattr(train, "target_hidden", lambda *given: batches.append(given[1]) or target_hidden(*given))
     model, rows = load_base(base).freeze(), rows_of(base, n=6)
     prefix = Prefix.random(model, 3).reparametrise(2)
@@ -935,7 +935,7 @@ def sentence_of(capsys, action) -> str:
     """-> the one line that a command ends with, at status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        small_base.process.run_command(action)
+        command_process.run_command(action)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
     return said
@@ -968,7 +968,7 @@ def test_a_mistake_of_ours_stays_a_traceback(base, tmp_path, monkeypatch, mistak
     """A RuntimeError about anything but a lack of memory is nothing that a user could mend."""
     monkeypatch.setattr(train, "tune", raising(RuntimeError(mistake)))
     with pytest.raises(RuntimeError, match=mistake):
-        small_base.process.run_command(lambda: run(base, out=tmp_path / "out"))
+        command_process.run_command(lambda: run(base, out=tmp_path / "out"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no Ctrl-C can be sent to one process")
@@ -1128,6 +1128,17 @@ def test_bad_flags_get_a_sentence(base, tmp_path, monkeypatch, flags, message):
     with pytest.raises(ValueError, match=message):
         run(base, *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_help_names_each_methods_defaults(capsys):
+    """As the recipes have them; a method that has none is left out."""
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--n-virtual P virtual tokens an adapter (default: prefix 8, soft_prompt 6, both 4)" in said
+    assert "optimizer steps (default: prefix 150, soft_prompt 150, both 150, full 150, pretrain 350)" in said
+    assert "peak learning rate (default: prefix 0.3, soft_prompt 0.1, both 0.3, full 0.0015, pretrain 0.02)" in said
+    assert train.__doc__.splitlines()[0] in said and "distilgpt2 (default: out/base)" in said
 
 
 def test_missing_data_is_reported_before_a_base_is_made(tmp_path, monkeypatch):

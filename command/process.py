@@ -1,4 +1,4 @@
-"""A process: how it starts, meets others under torchrun, says what it does, and ends. Pretraining and train.py use it."""
+"""A process: how it starts, meets others under torchrun, says what it does, and ends. Every program here uses it."""
 
 import math
 import os
@@ -31,6 +31,12 @@ def start_process() -> tuple[int, int]:
 
 def this_process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def sum_over_processes(loss: Tensor, trainee: nn.Module) -> None:
