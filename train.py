@@ -135,6 +135,10 @@ def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, chec
     """Trains the adapters, or the model itself if there are none -> its validation losses, (step, nats per token)."""
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
+    done, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
+    curve = curve or [(0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0])]
+    say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {done}' if done else 'before the first step'}")
+    progress, (rank, processes) = Progress(done, plan.steps), this_process()
     batches = islice(shuffled_batches(rows["train"], plan.batch_size, plan.seed), done, plan.steps)
     for step, step_rows in enumerate(batches, start=done + 1):
         batch = batch_of(step_rows[rank::processes], model.device)
