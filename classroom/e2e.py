@@ -44,7 +44,7 @@ NAMES = NAMES | {"lora": "LoRA"}
 KINDS = {"prefix": (Prefix,), "soft_prompt": (SoftPrompt,), "both": (Prefix, SoftPrompt)}
 BEHIND = 20  # tokens of the soft prompt that stands behind a prefix
 TASK_TEXT = "Write a sentence about the restaurant of this name , with its area , food , price and rating ."
-STEPS, BATCH, LIMIT, UNREPORTED = 200, 10, 80, 100
+STEPS, FEWER, BATCH, LIMIT, UNREPORTED = 200, 100, 10, 80, 100
 RATES = {"prefix": 0.03, "soft_prompt": 0.03, "both": 0.03, "lora": 1e-3, "full": 1e-4}  # where the search begins
 SIZES = {"prefix": 10, "soft_prompt": 20, "both": 9, "lora": 4}  # for which it is done
 WORDS = {"family friendly": ("famil", "child", "kid", "adult"), "price": ("price", "cheap", "expensive", "£")}
@@ -68,9 +68,14 @@ PARTS = {
     "table": [Cell("none", steps=0), Cell("prefix", 4, "examples", steps=0), Cell("soft_prompt", 20), Cell("prefix", 5)]
     + [Cell("soft_prompt", 200), Cell("prefix", 10), Cell("both", 9), Cell("lora", 2), Cell("lora", 4), Cell("full")],
     "length": [*(Cell("soft_prompt", P) for P in (1, 10, 20)), *(Cell("prefix", P) for P in (1, 5, 10, 20))],
-    "starts": [*(Cell("prefix", 10, init, 100) for init in ("text", "vocab", "random")), Cell("prefix", 10, mid_dim=512)],
-    "demonstrations": [Cell("prefix", k, init, steps=n) for n in (0, STEPS) for init in LONG for k in (1, 2, 4, 8)],
-    "examples": [Cell(m, s, examples=n) for m, s in (("prefix", 10), ("lora", 2), ("full", 0)) for n in (50, 100, 200, 500)],
+    "starts": [Cell("prefix", 10, init, 100, steps=FEWER) for init in ("text", "vocab", "random")],
+    "MLP": [Cell("prefix", 10), Cell("prefix", 10, mid_dim=512)],
+    "demonstrations": [Cell("prefix", k, init, steps=n) for n in (0, FEWER) for init in LONG for k in (1, 2, 4, 8)],
+    "examples": [
+        Cell(method, size, examples=n, steps=FEWER)
+        for method, size in (("prefix", 10), ("lora", 2), ("full", 0))
+        for n in (50, 100, 200, 500)
+    ],
 }
 
 
@@ -199,8 +204,9 @@ class E2E:
         """-> the learning rate of the lowest validation loss, at one size of the method, on the seed that is not reported."""
         if not cell.steps:
             return 0.0
-        size = 4 if cell.init in LONG else SIZES.get(cell.method, 0)
-        some = Cell(cell.method, size, cell.init if cell.init in LONG else "text", mid_dim=cell.mid_dim)
+        some = Cell(cell.method, SIZES.get(cell.method, 0), mid_dim=cell.mid_dim)
+        if cell.init in LONG:
+            some = Cell(cell.method, 4, cell.init, steps=cell.steps)
         middle = RATES[cell.method] / (30 if cell.mid_dim else 1)
 
         def rate(power: int) -> float:
@@ -310,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     for part in parts:
         text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
         say(f"\n{part}\n\n{text}")
-    drawn = [part for part in parts if part in PARTS and part != "starts"]
+    drawn = [part for part in parts if part in ("table", "length", "demonstrations", "examples")]
     if drawn:
         figure(experiment.out / "e2e.png", lambda axes: [draw(e2e, *some) for some in zip(drawn, axes[0])], len(drawn))
 
