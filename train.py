@@ -13,8 +13,7 @@ import json
 import math
 import os
 import time
-from collections import Counter
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from command.adapters import STACK, load_adapters, new_adapters, save, save_as_prefix
 from command.flags import DEFAULT_BASE, parse
-from command.process import Progress, barrier, pick_device, run_command, say, start_process, sum_over_processes, this_process
+from command.process import Progress, barrier, pick_device, prompts, run_command, say, start_process
+from command.process import sum_over_processes, this_process
 from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode
 from data import hold_out, read_jsonl, shuffled_batches, source_ids
 from model import Decoder, KVCache
@@ -32,15 +33,12 @@ from prefix import Prefix
 from small_base.pretrain import pretrain, read_text
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
-from storage.adapters import adapter_kind
-from storage.base import fingerprint, load_base, save_base
-from storage.checkpoints import Checkpoint, Curve
-from storage.files import TRAINING, check_place, check_predictions, read_json, replace_file, write_json
-from storage.hub import base_directory
-from storage.tokenizers import copy_tokenizer, load_tokenizer
+from storage.base import fingerprint, load_base
+from storage.checkpoints import Checkpoint, Curve, looks_since_best
+from storage.files import TRAINING, check_place, check_predictions, replace_file, write_json
+from storage.tokenizers import load_tokenizer
 
 Rows = dict[str, list[Row]]  # by split: train, validation, test
-STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, the foremost first
 
 
 class Recipe(NamedTuple):
@@ -68,6 +66,12 @@ def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None
     for adapter in adapters:
         past_kv = adapter.past_kv(model, past_kv)
     return past_kv
+
+
+def n_past(adapters: list[nn.Module], model: Decoder) -> int:
+    """-> the positions that the adapters take, of those that the model can see."""
+    past_kv = stacked_past_kv(adapters, model)
+    return past_kv[0][0].size(2) if past_kv else 0
 
 
 def target_hidden(model: Decoder, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
@@ -121,6 +125,7 @@ class Plan(NamedTuple):
     seed: int
     eval_every: int
     save_every: int
+    patience: int | None = None  # looks at the validation data without a new best, after which the training ends
 
     def rate(self, step: int) -> float:
         """-> the learning rate of a step, counted from 1: a short warm-up, then a straight line down (Li & Liang, appendix)."""
@@ -131,16 +136,22 @@ class Diverged(ValueError):
     """The loss is no number any more."""
 
 
+def check_finite(loss: float, plan: Plan) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss became {loss} with --lr {plan.lr:g}: lower it. What --out held before is untouched")
+
+
 def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None) -> Curve:
     """Trains the adapters, or the model itself if there are none -> its validation losses, (step, nats per token)."""
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
     done, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
     curve = curve or [(0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0])]
-    say(f"start    validation loss {curve[-1][1]:.3f}, {f'resuming after step {done}' if done else 'before the first step'}")
-    progress, (rank, processes) = Progress(done, plan.steps), this_process()
+    progress, (rank, processes) = Progress(done, plan.steps, curve[-1][1], checkpoint and checkpoint.file), this_process()
     batches = islice(shuffled_batches(rows["train"], plan.batch_size, plan.seed), done, plan.steps)
     for step, step_rows in enumerate(batches, start=done + 1):
+        if looks_since_best(curve) == plan.patience:
+            break
         batch = batch_of(step_rows[rank::processes], model.device)
         optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
@@ -150,11 +161,10 @@ def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, chec
         optimizer.step()
         if step % plan.eval_every == 0 or step == plan.steps:
             curve.append((step, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
-        if not math.isfinite(losses := loss.item() + curve[-1][1]):
-            raise Diverged(f"the loss became {losses} with --lr {plan.lr:g}: lower it. What --out held before is untouched")
-        progress.show(step, batch.idx.numel(), f"loss {loss:.3f}  validation {curve[-1][1]:.3f}")
-        if checkpoint and rank == 0 and step % plan.save_every == 0 and step < plan.steps:
-            checkpoint.save(trainee, optimizer, step, curve)
+        check_finite(loss.item() + curve[-1][1], plan)
+        progress.show(step, batch.idx.numel(), loss=loss.item(), validation=curve[-1][1])
+        if checkpoint and rank == 0:
+            checkpoint.keep(trainee, optimizer, step, curve, plan)
     return curve
 
 
@@ -169,44 +179,6 @@ def load_examples(task: str, path: str | None, val_path: str | None, seed: int) 
     train = read_jsonl(path)
     held_out, train = (read_jsonl(val_path), train) if val_path is not None else hold_out(train, seed)
     return {"train": train, "validation": held_out, "test": held_out}
-
-
-def new_adapters(
-    kinds: tuple[type[nn.Module], ...], model: Decoder, tokenizer: tiktoken.Encoding, rows: list[Row],
-    P: int, init: str, init_text: str | None = None, seed: int = 0, mid_dim: int | None = None,
-) -> list[nn.Module]:  # fmt: skip
-    """-> adapters of P tokens each, the foremost first, as training starts with them."""
-    generator = torch.Generator().manual_seed(seed)
-    if init == "random":
-        adapters = [kind.random(model, P, generator) for kind in kinds]
-    elif init == "zero":
-        adapters = [kind.zero(model, P) for kind in kinds]
-    elif init == "vocab":
-        counts = Counter(i for row in rows for i in row.source + row.target)
-        frequent = torch.tensor([token for token, _ in counts.most_common(5000)], device=model.device)
-        adapters = [kind.vocab(model, frequent, P, generator) for kind in kinds]
-    elif init == "text":
-        # By default the end of a training example, so that the input comes where a new document would
-        text = tokenizer.encode_ordinary(init_text or "") or (rows[0].source + rows[0].target)[-len(kinds) * P :]
-        text = torch.tensor(text * len(kinds) * P, device=model.device)  # as often as need be; each starts from its part
-        adapters = [kind.text(model, text[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
-    else:
-        adapters = load_adapters(init, model)
-    if tuple(map(type, adapters)) != kinds:
-        found, needed = (" and ".join(f"a {kind.__name__}" for kind in some) for some in (map(type, adapters), kinds))
-        raise ValueError(f"--init {init} holds {found}, and --method trains {needed or 'no adapter'}")
-    if mid_dim:
-        torch.manual_seed(seed)
-        adapters[0].reparametrise(mid_dim)
-    return adapters
-
-
-def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
-    """A saved adapter, or the folder that a stack was saved to -> the adapters in it, the foremost first."""
-    inner, kinds = [Path(directory) / name for name in STACK], {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": SoftPrompt}
-    stack = all(folder.is_dir() for folder in inner) and not (Path(directory) / "adapter_config.json").exists()
-    folders = inner if stack else [Path(directory)]
-    return [kinds[adapter_kind(folder, kinds)].load(folder, model).to(model.device) for folder in folders]
 
 
 @torch.inference_mode()  # as no_grad, and on a small model a tenth quicker
@@ -238,23 +210,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.batch_size < processes:
         raise ValueError(f"--batch-size {args.batch_size} for {processes} processes: give each an example at least")
     if args.method == "pretrain":
-        pretrain(args.out, [read_text(path) for path in args.corpus], args.steps, args.lr, args.batch_size, args.seed, device)
+        texts = [read_text(path) for path in args.corpus]
+        pretrain(args.out, texts, args.steps, args.lr, args.batch_size, args.seed, device, args.sizes)
         return {"method": "pretrain", "out": str(args.out)}
-    examples = load_examples(args.task, args.data, args.val_data, args.seed) if args.prompt is None else {}
+    training = not args.adapter and args.prompt is None
+    examples = load_examples(args.task, args.data, args.val_data, args.seed) if training else {}
     if args.base == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
         recipe = RECIPES["pretrain"]  # the same for every run
         pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
     barrier()
     tokenizer, model = load_tokenizer(args.base), load_base(args.base)
     model = model.to(device, args.dtype and getattr(torch, args.dtype)).freeze()
-    if args.prompt is None:
+    if training:
         return adapt(args, model, tokenizer, examples)
     adapters = [adapter for directory in args.adapter or [] for adapter in load_adapters(directory, model)]
-    sources, generator = [source_ids(tokenizer, args.prompt)], torch.Generator(device).manual_seed(args.seed)
-    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "generator": generator}
-    (completion,) = answers(model, adapters, tokenizer, sources, limit=256, **sampling)
-    say(completion)
-    return {"method": "prompt", "completion": completion}
+    if args.export:
+        return save_as_prefix(args.export, stacked_past_kv(adapters, model), model)
+    use = assess if args.prompt is None else complete
+    return use(args, model, adapters, tokenizer)
 
 
 def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
@@ -265,9 +238,8 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
     how = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
     adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *how)
-    past_kv, context = stacked_past_kv(adapters, model), model.config.block_size
     for split in rows:
-        check_lengths(examples[split], rows[split], context, past_kv[0][0].size(2) if past_kv else 0)
+        check_lengths(examples[split], rows[split], model.config.block_size, n_past(adapters, model))
     settings = settings_of(args, model, adapters, rows)
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names  # becomes training.json
@@ -276,32 +248,34 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
         check_place(place, found)
     if args.predict:
         check_predictions(args.predict)
-    say(f"base     {model.name}: {found['n_base']:,} parameters, context {context}, {found['dtype']} on {model.device}")
+    sizes = f"{found['n_base']:,} parameters, context {model.config.block_size}, {found['dtype']} on {model.device}"
+    say(f"base     {model.name}: {sizes}")
     say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
     numbers = "trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found)
     say(f"method   {args.method}: {numbers}")
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
-    found["loss_frozen"], hits_frozen = evaluate(model, [], rows["test"], args.batch_size)
+    frozen = evaluate(model, [], rows["test"], args.batch_size)
 
     begin, checkpoint = time.perf_counter(), Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
     found["curve"] = tune(model, adapters, rows, Plan(*(getattr(args, name) for name in Plan._fields)), checkpoint)
     found["seconds_train"] = time.perf_counter() - begin
     if this_process()[0] > 0:  # one is enough for what remains
         return found
+    if args.patience:
+        checkpoint.load_best(nn.ModuleList(adapters or [model]))
     save(places, adapters, model, found, checkpoint)
-    found["loss"], hits = evaluate(model, adapters, rows["test"], args.batch_size)
-    found |= {"exact_match_frozen": share(hits_frozen), "exact_match": share(hits)}
+    tuned = evaluate(model, adapters, rows["test"], args.batch_size)
+    found |= compared(frozen, tuned)
     for place in places:
         write_json(place / TRAINING, found)
-    say("test     frozen  loss {loss_frozen:.3f}  exact match {exact_match_frozen:5.1f} %".format(**found))
-    say("         tuned   loss {loss:.3f}  exact match {exact_match:5.1f} %\n".format(**found))
-    show(model, adapters, tokenizer, examples["test"], rows["test"], hits, args.predict)
+    show(model, adapters, tokenizer, examples["test"], rows["test"], tuned[1], args.predict)
     return found
 
 
 def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: Rows) -> dict[str, Any]:
     """-> all that decides how a run goes, and its sizes; two runs that agree in it are the same run."""
-    flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size", "seed", "eval_every")
+    flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size")
+    flags += ("seed", "eval_every", "patience")
     examples = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
     own = {"dtype": str(model.dtype).removeprefix("torch."), "base": fingerprint(model), "examples": examples}
     n_base = sum(p.numel() for p in model.parameters())
@@ -311,19 +285,12 @@ def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Modu
     return {flag: getattr(args, flag) for flag in flags} | own
 
 
-def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use it."""
-    for place, adapter in zip(places, adapters or [None]):
-        write_json(place / TRAINING, found)
-        if adapter:
-            adapter.save(place, model)
-        else:
-            copy_tokenizer(model.name, place)
-            save_base(model, place, read_json(base_directory(model.name) / "config.json"))
-    checkpoint.file.unlink(missing_ok=True)
-    use = f"--base {model.name} --adapter {found['out']}" if adapters else f"--base {found['out']}"
-    if places:
-        say(f'saved to {found["out"]}; use it with: python train.py {use} --prompt "…"\n')
+def compared(frozen: tuple[float, list[bool]], tuned: tuple[float, list[bool]]) -> dict[str, float]:
+    """What `evaluate` gave without and with adapters -> the same by name, printed."""
+    found = {"loss_frozen": frozen[0], "exact_match_frozen": share(frozen[1]), "loss": tuned[0], "exact_match": share(tuned[1])}
+    say("test     frozen  loss {loss_frozen:.3f}  exact match {exact_match_frozen:5.1f} %".format(**found))
+    say("         tuned   loss {loss:.3f}  exact match {exact_match:5.1f} %\n".format(**found))
+    return found
 
 
 def share(hits: list[bool]) -> float:
@@ -337,13 +304,40 @@ def show(
 ) -> None:  # fmt: skip
     """Prints three examples and their greedy answers, wrong ones first; with a file, writes all of them to it as JSONL."""
     order = sorted(range(len(rows)), key=hits.__getitem__)[: None if file else 3]
-    texts = answers(model, adapters, tokenizer, [rows[i].source for i in order], 2 * max(len(row.target) for row in rows))
+    sources, limit = [rows[i].source for i in order], 2 * max(len(row.target) for row in rows)
+    texts = answers(model, adapters, tokenizer, sources, limit)
     found = {i: {"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(order, texts)}
-    for i in order[:3]:
-        say("source   {input}\nexpected {target}\ngot      {prediction}\n".format(**found[i]))
+    without = answers(model, [], tokenizer, sources[:3], limit) if adapters else []
+    for i, frozen in zip_longest(order[:3], without):
+        say("source   {input}\nexpected {target}\ngot      {prediction}".format(**found[i]))
+        say("frozen   {}\n".format(frozen.replace("\n", "\n         ")) if adapters else "")
     if file:
         check_predictions(file)
         replace_file(file, "".join(f"{json.dumps(found[i])}\n" for i in range(len(rows))).encode())
+
+
+def assess(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding) -> dict:
+    """Evaluates saved adapters, on all of a file or the test data of a task, and shows answers -> what was measured."""
+    examples = read_jsonl(args.data) if args.data else task_examples(args.task, "test", 500, args.seed)
+    rows = encode(tokenizer, examples)
+    check_lengths(examples, rows, model.config.block_size, n_past(adapters, model))
+    if args.predict:
+        check_predictions(args.predict)
+    frozen, tuned = (evaluate(model, some, rows, args.batch_size) for some in ([], adapters))
+    found = compared(frozen, tuned)
+    show(model, adapters, tokenizer, examples, rows, tuned[1], args.predict)
+    return {"method": "evaluate"} | found
+
+
+def complete(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding) -> dict:
+    """Prints the completions of the prompts -> them."""
+    generator, completions = torch.Generator(model.device).manual_seed(args.seed), []
+    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "generator": generator}
+    for batch in prompts(args.prompt):
+        sources = [source_ids(tokenizer, prompt) for prompt in batch]
+        completions += (texts := answers(model, adapters, tokenizer, sources, limit=256, **sampling))
+        say("\n".join(texts))
+    return {"method": "prompt", "completions": completions}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,14 @@ from storage.hub import HUB_REPOS
 
 DEFAULT_BASE = Path("out/base")
 STARTS = ("text", "vocab", "random", "zero")  # what --init knows, besides directories
+METHODS = {
+    "prefix": "train keys and values for every layer (the default)",
+    "soft_prompt": "train input vectors",
+    "both": "train a prefix and a soft prompt behind it",
+    "full": "train all weights",
+    "none": "train nothing, evaluate the frozen base",
+    "pretrain": "make a small base from texts",
+}
 RANGES = {
     "n_virtual": (1, 10**5),
     "mid_dim": (1, 10**4),
@@ -25,6 +33,7 @@ RANGES = {
     "save_every": (1, 10**9),
     "temperature": (0, 1e6),
     "top_k": (1, 10**9),
+    "patience": (1, 10**9),
 }
 
 
@@ -57,12 +66,14 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
 
     bases = f"Hugging Face directory, OWNER/NAME on their hub, or {', '.join(HUB_REPOS)} (default: {DEFAULT_BASE})"
     add = parser.add_argument_group("what to do").add_argument
-    add("--method", choices=recipes, default="prefix", help="(default: prefix)")
+    add("--method", choices=recipes, default="prefix", help="; ".join(f"{name}: {what}" for name, what in METHODS.items()))
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (default: sentence)")
     add("--data", metavar="FILE", help='JSONL, {"input": …, "target": …} a line, instead of a --task')
     add("--val-data", metavar="FILE", help="JSONL to evaluate on (default: a seeded tenth of --data, held out)")
     add("--base", metavar="DIR", default=DEFAULT_BASE, help=bases)
     add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
+    sizes = "layers, heads, width and context of what is pretrained (default: 4 4 128 128)"
+    add("--sizes", metavar=("L", "H", "C", "BLOCK"), nargs=4, type=int, help=sizes)
 
     add = parser.add_argument_group("the adapter").add_argument
     add("--n-virtual", metavar="P", type=int, help=f"virtual tokens an adapter ({by_method('n_virtual')})")
@@ -77,6 +88,7 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
     add("--seed", type=int, default=0, help="of the data, the order, the initialisation and sampling (default: 0)")
     add("--eval-every", metavar="STEPS", type=int, help="between looks at the validation data (default: a tenth of --steps)")
     add("--save-every", metavar="STEPS", type=int, help="between two checkpoints (default: a tenth of --steps)")
+    add("--patience", metavar="LOOKS", type=int, help="end after so many without a new best, and keep that (default: never)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (default: that of its file)")
@@ -84,8 +96,9 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
     add = parser.add_argument_group("saving and using").add_argument
     add("--out", metavar="DIR", type=Path, help=f"where to save (default: out/TASK/METHOD; pretrain: {DEFAULT_BASE})")
     add("--predict", metavar="FILE", type=Path, help="write input, target and prediction of the test data as JSONL")
-    add("--adapter", metavar="DIR", nargs="+", action="extend", help="trained adapters to use with --prompt, foremost first")
-    add("--prompt", metavar="TEXT", help="train nothing; print the completion of this input")
+    add("--adapter", metavar="DIR", nargs="+", action="extend", help="evaluate these on --data or --task, foremost first")
+    add("--prompt", metavar="TEXT", help="print the completion of this input instead; -: of every line that comes in")
+    add("--export", metavar="DIR", type=Path, help="save the --adapter instead, several as one, as a prefix that PEFT loads")
     add("--temperature", type=float, help="sample the completion of --prompt (default: take the likeliest tokens)")
     add("--top-k", metavar="K", type=int, help="sample among the K likeliest tokens (default: among all)")
     return parser
@@ -98,7 +111,10 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} to {high}")
     method, init, sampling = args.method, args.init, args.temperature is not None or args.top_k is not None
     for wrong, sentence in [
-        (args.adapter and args.prompt is None, "--adapter needs a --prompt to complete; to train on from it, use --init"),
+        (args.export and not args.adapter, "--export saves an --adapter for PEFT: give one"),
+        (args.sizes and method != "pretrain", f"--sizes goes with --method pretrain, not {method}"),
+        (args.sizes and min(args.sizes) < 1, f"--sizes {args.sizes}: give 1 or more of each"),
+        (args.sizes and args.sizes[2] % args.sizes[1], f"--sizes {args.sizes}: the width must be a multiple of the heads"),
         (sampling and args.prompt is None, "--temperature and --top-k sample the completion of a --prompt: give one"),
         (args.top_k and not args.temperature, "--top-k samples, and needs a --temperature above 0"),
         (args.data is not None and args.task, "--task is an embedded task, and --data your own: give one of them"),

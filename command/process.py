@@ -1,11 +1,12 @@
 """A process: how it starts, meets others under torchrun, says what it does, and ends. Every program here uses it."""
 
+import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,40 @@ def say(text: str, start: str = "", end: str = "\n") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def prompts(text: str) -> Iterator[list[str]]:
+    """--prompt -> prompts to complete together: the text, or for "-" all lines of stdin, on a terminal each as it comes."""
+    if text != "-":
+        yield [text]
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read().splitlines()
+    else:
+        say("An input a line; the end of the file (Ctrl-D, on Windows Ctrl-Z and Enter) ends it.")
+        for line in sys.stdin:
+            yield [line.rstrip("\n")]
+
+
 class Progress:
     """One line with step, losses, tokens/s and time left: on a terminal refreshed in place, elsewhere a new one each tenth
     of the steps, and sooner if the last one is five seconds old."""
 
-    def __init__(self, step: int, steps: int):
-        self.first, self.steps, self.tokens = step, steps, 0
+    def __init__(self, step: int, steps: int, validation: float | None = None, beside: Path | None = None):
+        """Steps done before, and in all; the validation loss so far; a file beside which metrics.jsonl gets each step."""
+        if validation is not None:
+            start = f"resuming after step {step}" if step else "before the first step"
+            say(f"start    validation loss {validation:.3f}, {start}")
+        self.first, self.steps, self.tokens, self.metrics = step, steps, 0, None
+        if beside and steps and this_process()[0] == 0:
+            metrics = beside.with_name("metrics.jsonl")
+            before = metrics.read_text().splitlines(keepends=True)[:step] if step and metrics.exists() else []
+            self.metrics = open(metrics, "w", buffering=1)  # line by line
+            self.metrics.writelines(before)
         self.begin = self.shown = time.perf_counter()
 
-    def show(self, step: int, tokens: int, losses: str) -> None:
+    def show(self, step: int, tokens: int, **losses: float) -> None:
         """Notes that `step` steps are done, the last of them on so many tokens."""
         self.tokens += tokens
+        if self.metrics:
+            self.metrics.write(json.dumps({"step": step, **losses, "seconds": time.perf_counter() - self.begin}) + "\n")
         now, last = time.perf_counter(), step == self.steps
         terminal = sys.stdout is not None and sys.stdout.isatty()
         tenth = not terminal and step % math.ceil(self.steps / 10) == 0
@@ -84,7 +108,8 @@ class Progress:
         a_step = seconds / (step - self.first)
         if last or tenth or now - self.shown + a_step > (0.2 if terminal else 5):  # the next one would be late
             self.shown, left = now, a_step * (self.steps - step)
-            line = f"step {step:4}/{self.steps}  {losses}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
+            words = "".join(f"  {name} {loss:.3f}" for name, loss in losses.items())
+            line = f"step {step:4}/{self.steps}{words}  {self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
             say(line, start="\r" if terminal else "", end="\n" if last or not terminal else "")
 
 

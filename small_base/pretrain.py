@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import regex
@@ -76,7 +76,7 @@ def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Gener
 
 def pretrain(
     out: Path, texts: list[str], steps: int, lr: float, batch_size: int, seed: int, device: torch.device,
-    windows: Callable = windows_anywhere,
+    sizes: Sequence[int] = (), windows: Callable = windows_anywhere,
 ) -> None:  # fmt: skip
     """Makes a base from texts, or from the restaurant world where there are none, and saves it with its tokenizer to `out`.
 
@@ -95,7 +95,8 @@ def pretrain(
     tokenizer = build_tokenizer(ranks_of(merges))
     stream = torch.tensor([i for ids in tokenizer.encode_ordinary_batch(texts) for i in (*ids, tokenizer.eot_token)])
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(tokenizer.n_vocab)).to(device)
+    n_layer, n_head, n_embd, block_size = sizes or (4, 4, 128, 128)
+    model = GPT(GPTConfig(tokenizer.n_vocab, block_size, n_layer, n_head, n_embd)).to(device)
     # GPT-2's 0.02 leaves the tokens of a kind nearly alike, and what they share drowns what tells them apart: no value is
     # copied. Where they differ from the outset, all kinds are copied in half the steps.
     nn.init.normal_(model.wte.weight, std=0.4)
@@ -127,7 +128,7 @@ def fit(model: GPT, batches: Iterable[Tensor], steps: int, lr: float) -> float:
             raise ValueError(f"the loss became {loss:.3g} with --lr {lr:g}: lower it. Nothing was saved")
         for optimizer, _ in optimizers:
             optimizer.step()
-        progress.show(step + 1, tokens[:, 1:].numel(), f"loss {loss:.3f}")
+        progress.show(step + 1, tokens[:, 1:].numel(), loss=loss.item())
     return loss.item()
 
 

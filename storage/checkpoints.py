@@ -11,9 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn, optim
 
-from storage.files import write_tensors
+from storage.files import read_tensors, write_tensors
 
 Curve = list[tuple[int, float]]  # validation losses: (step, nats per target token)
+
+
+def looks_since_best(curve: Curve) -> int:
+    """-> how many looks at the validation data ago the loss was lowest, that before the first step left out."""
+    losses = [loss for _, loss in curve[1:]]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
@@ -27,10 +33,28 @@ class Checkpoint(NamedTuple):
     settings: dict[str, Any]  # all that decides how a run goes: two runs that agree in it are the same run
     resume: bool
 
+    @property
+    def best(self) -> Path:
+        return self.file.with_name("best.safetensors")
+
     def save(self, trainee: nn.Module, optimizer: optim.Optimizer, step: int, curve: Curve) -> None:
         """Writes the checkpoint; the last one stays until this one is whole."""
         metadata = {"step": step, "curve": curve, "settings": self.settings}
         write_tensors(self.file, numbers_of(trainee, optimizer), {key: json.dumps(value) for key, value in metadata.items()})
+
+    def keep(self, trainee: nn.Module, optimizer: optim.Optimizer, step: int, curve: Curve, plan: Any) -> None:
+        """Saves what is due after a step: a checkpoint, and where a plan has patience, numbers that are the best so far."""
+        if step % plan.save_every == 0 and step < plan.steps:
+            self.save(trainee, optimizer, step, curve)
+        if plan.patience and curve[-1][0] == step and looks_since_best(curve) == 0:
+            write_tensors(self.best, trainee.state_dict())
+
+    def load_best(self, trainee: nn.Module) -> None:
+        trainee.load_state_dict(read_tensors(self.best))
+
+    def remove(self) -> None:
+        for file in (self.file, self.best):
+            file.unlink(missing_ok=True)
 
     def load(self, trainee: nn.Module, optimizer: optim.Optimizer) -> tuple[int, Curve]:
         """Puts a checkpoint's numbers in place -> its step and curve; 0 and an empty curve where there is none.

@@ -1,6 +1,7 @@
 """What a run promises: the base stays what it was, the same seed gives the same numbers, nothing trained is lost."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -48,15 +50,16 @@ def run(base, *flags, out=None, steps=3):
 
 def prompted(base, *flags) -> str:
     """-> the completion of a prompt."""
-    return train.main(["--base", base, "--device", "cpu", *map(str, flags)])["completion"]
+    (completion,) = train.main(["--base", base, "--device", "cpu", *map(str, flags)])["completions"]
+    return completion
 
 
 def rows_of(base, task="sentence", n=8):
     return data.encode(load_tokenizer(base), task_examples(task, "train", n, 0))
 
 
-def plan(steps, lr=0.1, batch_size=4, seed=0, eval_every=100, save_every=100) -> train.Plan:
-    return train.Plan(steps, lr, batch_size, seed, eval_every, save_every)
+def plan(steps, lr=0.1, batch_size=4, seed=0, eval_every=100, save_every=100, patience=None) -> train.Plan:
+    return train.Plan(steps, lr, batch_size, seed, eval_every, save_every, patience)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -347,6 +350,141 @@ def test_every_adapter_flag_counts(base, tmp_path, monkeypatch):
     assert used == [[Prefix, SoftPrompt], [SoftPrompt, Prefix]]
 
 
+# ------------------------------------------------------------------------------------------------------- at the desk
+
+
+def test_a_saved_adapter_is_evaluated_on_a_file_without_training(base, tmp_path, capsys):
+    """All of the file, with and without the adapter, and every prediction; the adapter's own files are not touched."""
+    trained = run(base, out=tmp_path / "out")
+    before = files_in(tmp_path / "out")
+    write_jsonl(tmp_path / "new.jsonl", task_examples("sentence", "test", 7, 0))
+    capsys.readouterr()
+    flags = ["--base", base, "--device", "cpu", "--adapter", str(tmp_path / "out"), "--data", str(tmp_path / "new.jsonl")]
+    found = train.main([*flags, "--predict", str(tmp_path / "p.jsonl")])
+    model, tokenizer = load_base(base), load_tokenizer(base)
+    rows = data.encode(tokenizer, task_examples("sentence", "test", 7, 0))
+    adapters = [Prefix.load(tmp_path / "out", model)]
+    for key, some in (("loss_frozen", []), ("loss", adapters)):
+        assert found[key] == pytest.approx(train.evaluate(model, some, rows, 3)[0], rel=1e-5)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 7 and files_in(tmp_path / "out") == before
+    assert f"tuned   loss {found['loss']:.3f}" in capsys.readouterr().out
+    own = train.main([*flags[:-2], "--task", "sentence"])  # and on the test data of a task
+    assert own["loss"] != found["loss"] and trained["loss"] != own["loss"]
+
+
+def test_the_frozen_base_answers_beside_the_tuned_one(base, tmp_path, capsys):
+    """For each example shown; where the base itself is tuned or nothing is, there is no other one to ask."""
+    run(base, out=tmp_path / "out")
+    shown = capsys.readouterr().out.split("\nsource   ")[1:]
+    model, tokenizer = load_base(base).freeze(), load_tokenizer(base)
+    for block in shown:
+        lines = block.rstrip("\n").split("\n")
+        (frozen,) = train.answers(model, [], tokenizer, [data.source_ids(tokenizer, lines[0])], 100)
+        said = "\n".join([lines[3].removeprefix("frozen   "), *(line[9:] for line in lines[4:])])
+        assert frozen.startswith(said) and lines[3].startswith("frozen   ")
+    assert len(shown) == 3
+    run(base, "--method", "none")
+    assert "frozen   \n" not in (printed := capsys.readouterr().out) and printed.count("\nfrozen   ") == 1  # the loss
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_prompts_may_come_from_stdin(base, monkeypatch, capsys, terminal):
+    """Every line is one: read at once from a pipe, one by one in a dialogue; the answers are those that each has alone."""
+    lines = ["name : Palace", "I had Thai food", "a"]
+    expected = [prompted(base, "--prompt", line) for line in lines]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal, raising=False)
+    batches, answers = [], train.answers
+    monkeypatch.setattr(train, "answers", lambda *given, **how: batches.append(len(given[3])) or answers(*given, **how))
+    found = train.main(["--base", base, "--device", "cpu", "--prompt", "-"])["completions"]
+    assert found == expected and batches == ([1, 1, 1] if terminal else [3])
+    assert capsys.readouterr().out.endswith("".join(text + "\n" for text in expected))
+
+
+def test_adapters_exported_are_one_prefix(base, tmp_path):
+    """For PEFT, which has no stack: the cache of both is what the prefix holds, and it gives the same logits."""
+    run(base, "--method", "both", out=tmp_path / "out")
+    flags = ["--base", base, "--device", "cpu", "--adapter", str(tmp_path / "out")]
+    train.main([*flags, "--export", str(tmp_path / "one")])
+    model = load_base(base).freeze()
+    stack, (one,) = train.load_adapters(tmp_path / "out", model), train.load_adapters(tmp_path / "one", model)
+    assert isinstance(one, Prefix) and len(one.start) == 8
+    for got, expected in zip(one.past_kv(model), train.stacked_past_kv(stack, model)):
+        assert_close(got, expected, rtol=0, atol=0)
+    train.main([*flags, "--export", str(tmp_path / "one")])  # again: it is the same
+    with pytest.raises(ValueError, match="holds both trained for forty .* which is not overwritten"):
+        train.main([*flags, "--export", str(tmp_path / "out" / "prefix")])
+
+
+def test_patience_ends_a_training_and_keeps_the_best(base, tmp_path, monkeypatch):
+    """After so many looks without a lower validation loss; what is saved is what had the lowest, --resume or not."""
+    losses = dict(zip(range(0, 13, 2), [1.0, 0.9, 0.5, 0.7, 0.6, 0.8, 0.1]))
+    monkeypatch.setattr(train, "evaluate", lambda model, adapters, rows, B, e=train.evaluate: (next(looks), e(model, adapters, rows, B)[1]))
+    model, rows = load_base(base).freeze(), {split: rows_of(base) for split in ("train", "validation")}
+
+    def tuned(name, patience):
+        nonlocal looks
+        looks = iter(losses.values())
+        prompt = SoftPrompt.text(model, torch.arange(3))
+        checkpoint = Checkpoint(tmp_path / name / CHECKPOINT, {}, False)
+        (tmp_path / name).mkdir()
+        kept = []
+        monkeypatch.setattr(Checkpoint, "keep", lambda *given, keep=Checkpoint.keep: kept.append(prompt.vectors.detach().clone()) or keep(*given))
+        curve = train.tune(model, [prompt], rows, plan(12, eval_every=2, save_every=100, patience=patience), checkpoint)
+        return curve, prompt, checkpoint, kept
+
+    looks = iter(())
+    curve, prompt, checkpoint, kept = tuned("patient", 3)
+    assert [step for step, _ in curve] == [0, 2, 4, 6, 8, 10] and len(kept) == 10
+    checkpoint.load_best(torch.nn.ModuleList([prompt]))
+    assert_close(prompt.vectors.data, kept[3], rtol=0, atol=0)
+    checkpoint.remove()
+    assert [path.name for path in (tmp_path / "patient").iterdir()] == ["metrics.jsonl"]
+    assert [step for step, _ in tuned("unlimited", None)[0]] == list(losses)
+
+
+def test_the_best_survives_an_interruption(base, tmp_path):
+    """It is a file beside the checkpoint, so that a run resumed after its best ends with the same numbers."""
+    flags = ["--steps", "6", "--eval-every", "1", "--save-every", "1", "--patience", "5", "--lr", "0.5"]
+    run(base, *flags, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(Checkpoint, "save", interrupted_at(5, Checkpoint.save)):
+        run(base, *flags, out=tmp_path / "halves")
+    run(base, *flags, "--resume", out=tmp_path / "halves")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
+    assert_close(one, two, rtol=0, atol=0)
+    assert not list(tmp_path.rglob("best.safetensors"))
+
+
+def interrupted_at(step, save):
+    def saved(self, trainee, optimizer, at, curve):
+        save(self, trainee, optimizer, at, curve)
+        if at == step:
+            raise KeyboardInterrupt
+    return saved
+
+
+def test_metrics_are_lines_of_json(base, tmp_path):
+    """One a step, beside the adapter; a run that was resumed has every step once."""
+    flags = ["--steps", "6", "--eval-every", "2", "--save-every", "2"]
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(Checkpoint, "save", interrupted_at(4, Checkpoint.save)):
+        run(base, *flags, out=tmp_path / "out")
+    found = run(base, *flags, "--resume", out=tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
+    assert [line["validation"] for line in lines[1::2]] == [loss for _, loss in found["curve"][1:]]
+
+
+def test_sizes_of_a_base_that_is_pretrained(tmp_path):
+    """Layers, heads, width, context, in this order."""
+    flags = ["--method", "pretrain", "--steps", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "base")]
+    train.main([*flags, "--sizes", "3", "2", "32", "64"])
+    config = load_base(tmp_path / "base").config
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (3, 2, 32, 64)
+    with pytest.raises(ValueError, match=r"--sizes \[3, 5, 32, 64\]: the width must be a multiple of the heads"):
+        train.main([*flags, "--sizes", "3", "5", "32", "64"])
+
+
 # ---------------------------------------------------------------------------------------------------------- pretraining
 
 
@@ -411,7 +549,7 @@ def test_pretraining_rates_rise_stay_and_fall(tmp_path, monkeypatch):
         return SimpleNamespace(param_groups=[group], step=lambda: rates[i].append(group["lr"]))
 
     monkeypatch.setattr(small_base.pretrain, "optimizers_of", lambda *_: [(recorder(0), 1.0), (recorder(1), 2.0)])
-    monkeypatch.setattr(small_base.pretrain, "GPTConfig", lambda V: GPTConfig(V, 8, 1, 1, 4))
+    monkeypatch.setattr(small_base.pretrain, "GPTConfig", lambda V, *_: GPTConfig(V, 8, 1, 1, 4))
     train.pretrain(tmp_path / "base", [], 100, 0.1, batch_size=1, seed=0, device=torch.device("cpu"))
     expected = [(i + 1) / 30 for i in range(30)] + [1] * 41 + [i / 30 for i in range(29, 0, -1)]
     assert rates[0] == pytest.approx(expected) and rates[1] == pytest.approx([2 * rate for rate in expected])
@@ -460,7 +598,7 @@ def shown_by(monkeypatch, capsys, terminal: bool, first: int, steps: int, second
     progress, printed = command_process.Progress(first, steps), []
     for step in range(first + 1, steps + 1):
         clock.now += seconds
-        progress.show(step, 50, "loss 1.0")
+        progress.show(step, 50, loss=1.0)
         if text := capsys.readouterr().out:
             printed.append((clock.now - 100, text))
     return printed
@@ -470,7 +608,7 @@ def shown_by(monkeypatch, capsys, terminal: bool, first: int, steps: int, second
 def test_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
     """A sixteenth of a second a step, from step 10 on: a line every tenth, or one refreshed every third step."""
     printed = shown_by(monkeypatch, capsys, terminal, 10, 51, 0.0625)
-    line = "step {:4}/51  loss 1.0     800 tokens/s  {:3.0f} s left"
+    line = "step {:4}/51  loss 1.000     800 tokens/s  {:3.0f} s left"
     steps = [*range(13, 51, 3), 51] if terminal else [*range(12, 51, 6), 51]
     lines = [line.format(step, (51 - step) / 16) for step in steps]
     lines = ["\r" + line for line in lines[:-1]] + ["\r" + lines[-1] + "\n"] if terminal else [line + "\n" for line in lines]
