@@ -113,8 +113,10 @@ def check_flags(args: argparse.Namespace) -> None:
     for wrong, sentence in [
         (args.export and not args.adapter, "--export saves an --adapter for PEFT: give one"),
         (args.sizes and method != "pretrain", f"--sizes goes with --method pretrain, not {method}"),
-        (args.sizes and min(args.sizes) < 1, f"--sizes {args.sizes}: give 1 or more of each"),
-        (args.sizes and args.sizes[2] % args.sizes[1], f"--sizes {args.sizes}: the width must be a multiple of the heads"),
+        (
+            args.sizes and (min(args.sizes) < 1 or args.sizes[2] % args.sizes[1] > 0),
+            f"--sizes {args.sizes}: give 1 or more of each, and a width that is a multiple of the heads",
+        ),
         (sampling and args.prompt is None, "--temperature and --top-k sample the completion of a --prompt: give one"),
         (args.top_k and not args.temperature, "--top-k samples, and needs a --temperature above 0"),
         (args.data is not None and args.task, "--task is an embedded task, and --data your own: give one of them"),

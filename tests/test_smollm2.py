@@ -37,7 +37,7 @@ def ids(directory: str, text: str) -> torch.Tensor:
 
 def test_it_knows_a_language(directory, capsys):
     completed = train.main(["--base", directory, "--device", "cpu", "--prompt", "The capital of France is"])
-    assert "Paris" in completed["completion"]
+    assert "Paris" in completed["completions"][0]
 
 
 def test_a_prefix_of_a_text_equals_having_the_text_in_the_context(directory, model):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import command.adapters as command_adapters
 import command.process as command_process
 import data
 import small_base.pretrain
@@ -63,7 +64,9 @@ def plan(steps, lr=0.1, batch_size=4, seed=0, eval_every=100, save_every=100, pa
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """-> what its files hold, the seconds of metrics.jsonl left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "metrics.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -481,7 +484,7 @@ def test_sizes_of_a_base_that_is_pretrained(tmp_path):
     train.main([*flags, "--sizes", "3", "2", "32", "64"])
     config = load_base(tmp_path / "base").config
     assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (3, 2, 32, 64)
-    with pytest.raises(ValueError, match=r"--sizes \[3, 5, 32, 64\]: the width must be a multiple of the heads"):
+    with pytest.raises(ValueError, match=r"--sizes \[3, 5, 32, 64\]: give 1 or more of each, and a width that is a multiple"):
         train.main([*flags, "--sizes", "3", "5", "32", "64"])
 
 
@@ -512,7 +515,7 @@ def test_a_corpus_too_small_to_learn_from(tmp_path, monkeypatch):
 def test_pretraining_written_out(tmp_path, monkeypatch, capsys):
     """Which texts, windows that start anywhere, two optimizers, and their rates in the first steps."""
     shown, show = [], command_process.Progress.show
-    monkeypatch.setattr(command_process.Progress, "show", lambda self, *given: shown.append(given[:2]) or show(self, *given))
+    monkeypatch.setattr(command_process.Progress, "show", lambda self, *given, **loss: shown.append(given) or show(self, *given, **loss))
     train.pretrain(tmp_path / "base", [], 3, 0.1, batch_size=8, seed=5, device=torch.device("cpu"))
     assert shown == [(1, 8 * 128), (2, 8 * 128), (3, 8 * 128)]
     assert re.search(r"step    3/3  loss \d\.\d\d\d  .* tokens/s", capsys.readouterr().out)
@@ -688,7 +691,7 @@ def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     _, second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(second), signal.SIGKILL)
     assert process.wait(timeout=120) != 0
-    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".new")] == [CHECKPOINT]
+    assert [name for name in files_in(tmp_path / "out") if not name.endswith(".new")] == [CHECKPOINT]
 
 
 # ----------------------------------------------------------------------------------------- starting from what was saved
@@ -882,7 +885,7 @@ def test_a_console_that_fails_leaves_no_checkpoint_of_what_is_saved(base, tmp_pa
         if text.startswith("saved to"):
             raise OSError("Input/output error")
 
-    monkeypatch.setattr(train, "say", say)
+    monkeypatch.setattr(command_adapters, "say", say)
     with pytest.raises(OSError, match="Input/output error"):
         run(base, "--save-every", "1", out=tmp_path / "out")
     assert (tmp_path / "out" / "adapter_config.json").exists() and not (tmp_path / "out" / CHECKPOINT).exists()
@@ -1253,7 +1256,11 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
         (["--init", "nowhere", "--n-virtual", "3"], "--n-virtual with --init nowhere: a trained adapter keeps its length"),
         (["--init", "zero", "--init-text", "x"], "--init-text goes with --init text, not zero"),
         (["--init-text", ""], "--init-text is empty: give a text"),
-        (["--adapter", "x"], "--adapter needs a --prompt"),
+        (["--adapter", "x"], "x/adapter_config.json does not exist"),
+        (["--export", "x"], "--export saves an --adapter for PEFT: give one"),
+        (["--sizes", "1", "1", "8", "8"], "--sizes goes with --method pretrain, not prefix"),
+        (["--method", "pretrain", "--sizes", "1", "0", "8", "8"], r"--sizes \[1, 0, 8, 8\]: give 1 or more of each"),
+        (["--patience", "0"], "--patience 0: give 1 to"),
         (["--adapter", "x", "--prompt", "y"], "x/adapter_config.json does not exist"),
         (["--prompt", "word " * 200], "block_size 128"),
         (["--method", "full", "--dtype", "bfloat16"], "--method full needs --dtype float32"),
