@@ -100,7 +100,7 @@ class Progress:
         """Notes that `step` steps are done, the last of them on so many tokens."""
         self.tokens += tokens
         if self.metrics:
-            self.metrics.write(json.dumps({"step": step, **losses, "seconds": time.perf_counter() - self.begin}) + "\n")
+            self.metrics.write(json.dumps({"step": step} | losses) + "\n")
         now, last = time.perf_counter(), step == self.steps
         terminal = sys.stdout is not None and sys.stdout.isatty()
         tenth = not terminal and step % math.ceil(self.steps / 10) == 0

@@ -64,7 +64,7 @@ def plan(steps, lr=0.1, batch_size=4, seed=0, eval_every=100, save_every=100, pa
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """-> what its files hold, the seconds of metrics.jsonl left out."""
+    """-> what its files hold, metrics.jsonl left out, which an interrupted run has as well."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "metrics.jsonl")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -468,7 +468,7 @@ def interrupted_at(step, save):
 
 
 def test_metrics_are_lines_of_json(base, tmp_path):
-    """One a step, beside the adapter; a run that was resumed has every step once."""
+    """One a step, beside the adapter; a run that was resumed has the very lines of one that was not."""
     flags = ["--steps", "6", "--eval-every", "2", "--save-every", "2"]
     with pytest.raises(KeyboardInterrupt), mock.patch.object(Checkpoint, "save", interrupted_at(4, Checkpoint.save)):
         run(base, *flags, out=tmp_path / "out")
@@ -476,6 +476,8 @@ def test_metrics_are_lines_of_json(base, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
     assert [line["validation"] for line in lines[1::2]] == [loss for _, loss in found["curve"][1:]]
+    run(base, *flags, out=tmp_path / "whole")
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "out" / "metrics.jsonl").read_bytes()
 
 
 def test_sizes_of_a_base_that_is_pretrained(tmp_path):
