@@ -36,7 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from command.process import pick_device  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
-from model import GPT, Decoder, GPTConfig  # noqa: E402
+from model import GPT, Decoder, GPTConfig, rows_of  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
 from storage.base import load_base, save_base  # noqa: E402
 from storage.files import read_json  # noqa: E402
@@ -282,6 +282,22 @@ def compare_generation(table: Table, root: Path, size: str, P: int) -> None:
             table.add(name, "tokens/s", B * NEW / taken[dtype], B * NEW / taken["peft"], spread=spread)
 
 
+def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> None:
+    """Generation with another prefix for each row against one for all of them; and what it takes to put a saved one in place."""
+    for dtype in (FLOAT32, BFLOAT16):
+        model = ours(base_directory(root, size, dtype), "prefix", P)[0]
+        prefixes = [train.Prefix.random(model, P, torch.Generator().manual_seed(i)) for i in range(B)]
+        idx = torch.tensor([row.source for row in random_rows(size, B)], device=DEVICE)
+        with torch.no_grad():
+            one, many = prefixes[0].past_kv(model), rows_of([prefix.past_kv(model) for prefix in prefixes])
+        sides = {name: partial(model.generate, idx, NEW, past_kv) for name, past_kv in (("one", one), ("many", many))}
+        taken, spread = seconds(sides | {"switch": torch.no_grad()(partial(prefixes[1].past_kv, model))})
+        name = f"{size} prefix P={P} {str(dtype).removeprefix('torch.')} generation, {B} rows"
+        more = {"/one for all": taken["many"] / taken["one"], "MB an adapter": 4 * prefixes[0].n_stored() / 1e6}
+        table.add(f"{name} with {B} prefixes", "tokens/s", B * NEW / taken["many"], **more, spread=spread)
+        table.add(f"{name}: another prefix", "ms", 1e3 * taken["switch"], spread=spread)
+
+
 def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
     """A prefix step in float32, along one axis at a time from P 20, T 75, batch 10; and how fast the small base is made."""
     for size in sizes:
@@ -363,6 +379,7 @@ def main() -> None:
                 for method, P in itertools.product(("prefix", "soft_prompt"), args.P):
                     compare(table, root, size, method, P, 32 if CUDA else 10, peaks)
                 compare_generation(table, root, size, P=20)
+                compare_many(table, root, size, P=20)
     if args.growth:
         draw(table.rows, path.with_suffix(".png"))
 
