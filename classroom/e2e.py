@@ -187,14 +187,17 @@ class E2E:
         return record
 
     def scores(self, model: Decoder, adapters: list[nn.Module], part: str) -> dict[str, float]:
-        """-> BLEU and chrF of greedy answers against all references, and the share of slots that they state, in percent."""
+        """-> BLEU and chrF of greedy answers against all references, and the share of slots that they state, in percent.
+
+    E2E comes with spaces between words and stops, here and there (`force` keeps sacrebleu from warning of it).
+    """
         records = list(self.references[part])[: self.experiment.at_most]
         sources = [source_ids(self.tokenizer, record) for record in records]
         texts = [text.strip() for text in train.answers(model, adapters, self.tokenizer, sources, LIMIT)]
         references = [self.references[part][record] for record in records]
         columns = [[some[i] if i < len(some) else None for some in references] for i in range(max(map(len, references)))]
         found = {}
-        for metric in (sacrebleu.BLEU(), sacrebleu.CHRF()):
+        for metric in (sacrebleu.BLEU(force=True), sacrebleu.CHRF()):
             found[metric.__class__.__name__.lower()] = metric.corpus_score(texts, columns).score
             self.signatures[metric.__class__.__name__] = str(metric.get_signature())
         slots = [slot for record, text in zip(records, texts) for slot in stated(record, text)]
