@@ -1,6 +1,6 @@
 """The exercises: what is blank fails and what is before it passes; what is restored is what it was; nothing is lost."""
 
-import doctest
+import code
 import json
 import os
 import re
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from textwrap import dedent, indent
 
+import notebook
 import pytest
 import torch
 from blank import EXERCISES, parts
@@ -307,16 +308,31 @@ def test_the_list_shows_every_exercise(copy):
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 
-def test_the_walkthrough_shows_what_happens(monkeypatch):
-    """Every line of code in it is run, and what it prints compared."""
-    monkeypatch.chdir(ROOT)
+def test_the_walkthrough_shows_what_happens(monkeypatch, capsys):
+    """As a notebook, cell by cell, from its own folder; each line as if pasted into python, and what it shows compared."""
+    page = (CLASSROOM / "walkthrough.md").read_text(encoding="utf-8")
+    assert (CLASSROOM / "walkthrough.ipynb").read_text(encoding="utf-8") == notebook.notebook(page), "make it anew: see notebook.py"
+    made = json.loads(notebook.notebook(page))["cells"]
+    shown = [shown for _, _, shown in notebook.cells(page)]
+    monkeypatch.chdir(CLASSROOM)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    console = code.InteractiveConsole()
     try:
-        result = doctest.testfile(str(CLASSROOM / "walkthrough.md"), module_relative=False, encoding="utf-8")
+        for cell, expected in zip(made, shown, strict=True):
+            lines = "".join(cell["source"]).split("\n") + [""] if cell["cell_type"] == "code" else []
+            assert not any([console.push(line) for line in lines][-1:]), "a cell ends in the middle of a statement"
+            assert capsys.readouterr() == (expected, ""), "".join(cell["source"])
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_printoptions(profile="default")
-    assert result.failed == 0 and result.attempted > 50
+    assert len(list(filter(None, shown))) > 30
+
+
+def test_a_notebook_in_another_folder_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = next(source for kind, source, _ in notebook.cells((CLASSROOM / "walkthrough.md").read_text("utf-8")) if kind == "code")
+    with pytest.raises(AssertionError, match="git clone"):
+        exec(first, {})
 
 
 def test_the_sheet_has_every_exercise():
