@@ -1,4 +1,4 @@
-"""What did training make of an adapter? Who looks at whom, what it says next, how large its vectors are, what it costs others.
+"""What did training make of an adapter? Who looks at whom, what it says next, its rank, what it costs others.
 
     python classroom/inspect_adapter.py out/sentence/prefix                        on the test data of --task sentence
     python classroom/inspect_adapter.py out/mine/prefix --base gpt2 --data mine.jsonl
@@ -44,11 +44,6 @@ def effective_rank(matrix: Tensor) -> float:
     shares = torch.linalg.svdvals(matrix.float())
     shares = shares[shares > 0] / shares.sum()
     return (-(shares * shares.log()).sum()).exp().item()
-
-
-def norms(cache: KVCache, past: slice) -> list[tuple[float, float]]:
-    """-> per layer the mean length of the keys, and of the values, at those positions."""
-    return [tuple(part[:, :, past].float().norm(dim=-1).mean().item() for part in layer) for layer in cache]
 
 
 def draw(path: Path, title: str, weights: Tensor, P: int, asking: list[str], asked: list[str]) -> None:
@@ -102,12 +97,6 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
     say(f"The likeliest next tokens behind {tokenizer.decode(row.source)!r}:\n")
     lines = [[f"`{shown(token)}` {100 * p:.1f} %" for token, p in pair] for pair in zip(*found["next"])]
     say(markdown(["adapter off", "adapter on"], lines))
-
-    _, cache = model(torch.tensor([row.source], device=model.device), past_kv)
-    virtual, real = norms(cache, slice(0, P)), norms(cache, slice(P, None))
-    say("Length of keys and values, the mean over heads and positions:\n")
-    lines = [[str(layer), *(f"{n:.2f}" for pair in zip(v, r) for n in pair)] for layer, (v, r) in enumerate(zip(virtual, real), 1)]
-    say(markdown(["layer", "virtual keys", "text's keys", "virtual values", "text's values"], lines))
 
     for adapter in adapters:
         matrix = adapter.vectors if isinstance(adapter, SoftPrompt) else adapter.kv().flatten(1)

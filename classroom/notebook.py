@@ -1,8 +1,6 @@
-"""Makes a notebook of a page: its text, and its Python in cells, one for each thing that is shown.
+"""Makes a notebook of a page: python classroom/notebook.py classroom/walkthrough.md classroom/walkthrough.ipynb
 
-    python classroom/notebook.py classroom/walkthrough.md classroom/walkthrough.ipynb
-
-Lines that start with #> are what the line above them shows. The notebook leaves them out: predict, then run the cell.
+Its Python becomes cells, one for each thing that is shown after a #>. What is shown is left out: predict, then run the cell.
 """
 
 import json

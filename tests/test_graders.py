@@ -183,10 +183,12 @@ def test_mistakes_in_sampling(model):
         "The temperature is not used: above 0, a token is drawn.": model.generate(random_ids(2, 3), 8),
         "The logits are divided by the temperature, not multiplied.": anew(2.0),
     })  # fmt: skip
-    same(sampled(), anew(), "Draw with torch.multinomial from the softmax of logits / temperature, and hand it the generator.")
+    hint = "Draw over the whole vocabulary: torch.multinomial of the softmax of logits / temperature, with the generator."
+    same(sampled(), anew(), hint)
     got = attempt("With a top_k, too.", lambda: sampled(top_k=3))
     not_like(got, {"top_k is not used: the logits of all others become minus infinity.": anew()})
     same(got, anew(top_k=3), "With top_k, the logits of all but the k likeliest become minus infinity.")
+    attempt("top_k may be more than there are tokens: min(top_k, V).", lambda: sampled(top_k=99))
 
 
 @pytest.mark.ex4
