@@ -30,7 +30,7 @@ D = C // H
 def pytest_configure(config: pytest.Config) -> None:
     for number, exercise in EXERCISES.items():
         config.addinivalue_line("markers", f"ex{number}: grades exercise {number}, {exercise.title}: {exercise.function}")
-    if config.option.markexpr in [f"ex{number}" for number in EXERCISES]:  # a student: the first hint, and nothing that hides it
+    if config.option.markexpr in [f"ex{number}" for number in EXERCISES]:  # the first hint, and nothing that hides it
         config.option.maxfail = config.option.maxfail or 1
         config.option.tbstyle = config.option.tbstyle.replace("auto", "short")
 

@@ -173,7 +173,7 @@ MISTAKES = {
         ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **factory))", "torch.randn(P, H * D, **factory)"),
         ("is the return missing?", "return self", "return None"),
         ("to L·2·C", "L * 2 * H * D, **factory", "L * H * D, **factory"),
-        ("The start stays", "self.start.requires_grad_(False)", "self.start = nn.Parameter(0 * self.start, requires_grad=False)"),
+        ("The start stays", "self.start.requires_grad_(False)", "self.start = nn.Parameter(0 * self.start, False)"),
         ("a tanh", "nn.Tanh()", "nn.ReLU()"),
     ],
     9: [
@@ -209,7 +209,7 @@ MISTAKES = {
         ("a mean of means", None, ROW_BY_ROW),
         ("in the order they came in", "exact[chunk[wrong]] = False", "exact[lengths.argsort(stable=True).argsort()[chunk[wrong]]] = False"),
         ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
-        ("not one a position", None, ROW_BY_ROW.replace("exact.append(bool(", "exact.extend((").replace(".all()))", ").tolist())")),
+        ("not one a position", None, ROW_BY_ROW.replace("append(bool(", "extend((").replace(".all()))", ").tolist())")),
         ("not if one of them is", None, ROW_BY_ROW.replace(".all()", ".any()")),
     ],
 }
@@ -271,7 +271,8 @@ def test_each_likely_mistake_is_noticed_and_named(graded):
     wrong = []
     for (number, hint, new), outcomes in zip(expected, graded["wrong"], strict=True):
         sentences = [message.split("\n")[0] for _, failed, message in outcomes.values() if failed]
-        wrong += [] if len(sentences) == 1 and hint in sentences[0] else [f"exercise {number}, {new}: {hint!r} is not {sentences}"]
+        if len(sentences) != 1 or hint not in sentences[0]:
+            wrong.append(f"exercise {number}, {new}: {hint!r} is not {sentences}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -325,7 +326,8 @@ def test_what_cannot_be_done_is_said_in_one_sentence(copy):
 
 def test_the_list_shows_every_exercise(copy):
     lines = blank(copy, "--list").stdout.splitlines()
-    assert list(EXERCISES) == list(range(1, 13)) and (CLASSROOM / "exercises.md").read_text(encoding="utf-8").count("\n### ") == 12
+    sheet = (CLASSROOM / "exercises.md").read_text(encoding="utf-8")
+    assert list(EXERCISES) == list(range(1, 13)) and sheet.count("\n### ") == 12
     for number, (line, exercise) in enumerate(zip(lines, EXERCISES.values(), strict=True), start=1):
         assert re.split(r"  +", line.strip()) == [str(number), exercise.title, exercise.file, exercise.function,
                                                  f"{exercise.minutes} min", exercise.difficulty]  # fmt: skip
@@ -336,9 +338,9 @@ def test_the_list_shows_every_exercise(copy):
 
 def test_the_walkthrough_shows_what_happens(monkeypatch, capsys):
     """As a notebook, cell by cell, from its own folder; each line as if pasted into python, and what it shows compared."""
-    page = (CLASSROOM / "walkthrough.md").read_text(encoding="utf-8")
-    assert (CLASSROOM / "walkthrough.ipynb").read_text(encoding="utf-8") == notebook.notebook(page), "make it anew: see notebook.py"
-    made = json.loads(notebook.notebook(page))["cells"]
+    page, file = ((CLASSROOM / f"walkthrough.{kind}").read_text(encoding="utf-8") for kind in ("md", "ipynb"))
+    assert file == notebook.notebook(page), "make it anew: see notebook.py"
+    made = json.loads(file)["cells"]
     shown = [shown for _, _, shown in notebook.cells(page)]
     monkeypatch.chdir(CLASSROOM)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -356,7 +358,8 @@ def test_the_walkthrough_shows_what_happens(monkeypatch, capsys):
 
 def test_a_notebook_in_another_folder_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = next(source for kind, source, _ in notebook.cells((CLASSROOM / "walkthrough.md").read_text("utf-8")) if kind == "code")
+    page = (CLASSROOM / "walkthrough.md").read_text(encoding="utf-8")
+    first = next(source for kind, source, _ in notebook.cells(page) if kind == "code")
     with pytest.raises(AssertionError, match="git clone"):
         exec(first, {})
 

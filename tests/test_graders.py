@@ -73,7 +73,7 @@ def test_mistakes_in_the_mask():
     assert mask.dtype == torch.bool, "The mask is of True and False: numbers would be added to the scores."
     assert mask[0, 0], "True is where a query may look: is it the other way round?"
     assert mask[1].all(), "The mask of a past? The last query sees every key, so the triangle ends in the lower right corner."
-    assert mask[0].tolist() == [True] * 4 + [False], "The first query sees the past and itself, no more: off by one, or no triangle?"
+    assert mask[0].tolist() == [True] * 4 + [False], "The first query sees the past and itself: off by one, or no triangle?"
 
 
 @pytest.mark.ex2
@@ -102,7 +102,8 @@ def test_mistakes_in_attention():
             (scores * D**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
         "Added as numbers, the mask is 1 and 0: put in minus infinity where it is False.":
             (scores / D**0.5 + ~late).softmax(dim=-1) @ v,
-        "√D, and D is the width of a head: the last axis of q.": (scores / H**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
+        "√D, and D is the width of a head: the last axis of q.":
+            (scores / H**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
         "The softmax goes over the keys, the last axis.": right.softmax(dim=-2) @ v,
     })  # fmt: skip
     same(y, right.softmax(dim=-1) @ v, "softmax(q·k / √D) v, with the mask: which part is missing?")
@@ -158,7 +159,7 @@ def test_mistakes_in_generation(model, behind):
     shaped(got, (2, T + n), "generate returns the prompt and all new tokens, (B, T + new).")
     if behind:
         not_like(got, {"past_kv is not used: read the prompt behind it.": anew(None)})
-    hint = "Not the likeliest: do you take over the cache that each step returns, read only what is new, and use the last position?"
+    hint = "Not the likeliest: do you take over the cache that each step returns, read only what is new, use the last position?"
     same(got, anew(past), hint)
     hint = "positions were read: is there no cache? Read the prompt once, then each new token once, but not the last"
     assert sum(read) == T + n - 1, f"{sum(read)} {hint}: T + n - 1 = {T + n - 1}."
@@ -350,8 +351,9 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
     prompt, text = random_prompt(), random_ids(2, seed=3)
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in model(text[None])[1]]
-        cache = attempt("A past of B rows, B = past_kv[0][0].size(0): expand the vectors to B rows.", prompt.past_kv, model, past)
-        shaped(cache[0][0][:, :, -3:], (B, H, 3, D), "A past of B rows, B = past_kv[0][0].size(0): expand the vectors to as many.")
+        hint = "A past of B rows, B = past_kv[0][0].size(0): expand the vectors to B rows."
+        cache = attempt(hint, prompt.past_kv, model, past)
+        shaped(cache[0][0][:, :, -3:], (B, H, 3, D), hint)
         not_like(cache[0][0], {"The past in front is lost: hand it to the model.": prompt.past_kv(model)[0][0]})
         vectors = torch.cat([model.wte(text), prompt.vectors]).expand(B, -1, -1)
         expected = model.forward_embeddings(vectors)[1]
