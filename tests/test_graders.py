@@ -45,15 +45,18 @@ def not_like(got: Tensor, mistakes: dict[str, Tensor]) -> None:
 
 def attempt(hint: str, function: Callable, *given: Any) -> Any:
     """-> what the function returns. If it raises something, the sentence comes first, then the student's own line."""
+    raised = None
     try:
         got = function(*given)
     except NotImplementedError:
         raise
     except Exception as error:
+        raised = error  # told below, or torch's words would come first
+    if raised:
         files = {exercise.file for exercise in EXERCISES.values()}
-        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name in files]
+        lines = [frame for frame in traceback.extract_tb(raised.__traceback__) if Path(frame.filename).name in files]
         where = f"\n\n{lines[0].filename}, line {lines[0].lineno}: {lines[0].line}" if lines else ""
-        pytest.fail(f"{hint}{where}\n\n{type(error).__name__}: {error}", pytrace=False)
+        pytest.fail(f"{hint}{where}\n\n{type(raised).__name__}: {raised}", pytrace=False)
     if got is None:
         pytest.fail("It returns nothing: is the return missing?", pytrace=False)
     return got
