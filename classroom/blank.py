@@ -5,14 +5,14 @@
     pytest -m ex3                            grades what you wrote
     python classroom/blank.py --restore 3    the solution is back, and your version lies beside it in out/exercises
 
-Exercises come in the order of learning, and none needs a later one. So the rule of the markers: with exercise N blank, every
-test marked exN fails, and every test of an exercise before it passes. However many are blank, whoever fills them in from
-the first to the last sees one marker after another turn green.
+The exercises of exercises.md come in the order of learning, and none needs a later one. So the rule of the markers: with
+exercise N blank, every test marked exN fails, and every test of an exercise before it passes.
 """
 
 import argparse
 import ast
 import itertools
+import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -26,24 +26,13 @@ class Exercise(NamedTuple):
     title: str
     file: str
     function: str
-    minutes: int
+    minutes: str
     difficulty: str
 
 
-EXERCISES = {
-    1: Exercise("the causal mask with a past", "model.py", "causal_mask", 10, "easy"),
-    2: Exercise("attention", "model.py", "attend", 15, "medium"),
-    3: Exercise("attention with a past", "model.py", "Attention.forward", 25, "medium"),
-    4: Exercise("the cache in generation", "model.py", "Decoder.generate", 35, "hard"),
-    5: Exercise("freezing", "model.py", "Decoder.freeze", 5, "easy"),
-    6: Exercise("a prefix is a cache", "prefix.py", "Prefix.past_kv", 25, "medium"),
-    7: Exercise("a prefix from text", "prefix.py", "Prefix.text", 10, "easy"),
-    8: Exercise("the MLP of the paper", "prefix.py", "Prefix.reparametrise", 20, "medium"),
-    9: Exercise("baking the MLP", "prefix.py", "Prefix.bake", 5, "easy"),
-    10: Exercise("a soft prompt is an input", "soft_prompt.py", "SoftPrompt.past_kv", 15, "medium"),
-    11: Exercise("the loss at target positions", "train.py", "target_hidden", 20, "medium"),
-    12: Exercise("exact match from one forward pass", "train.py", "evaluate", 30, "hard"),
-}
+HEAD = r"^### (\d+)\. (.*)\n\n`(.*)`, `(.*)` — (\d+) minutes, (\w+)\."
+SHEET = Path(__file__).with_name("exercises.md").read_text(encoding="utf-8")
+EXERCISES = {int(number): Exercise(*what) for number, *what in re.findall(HEAD, SHEET, flags=re.MULTILINE)}
 
 
 def solution(number: int) -> Path:
@@ -108,7 +97,7 @@ def main() -> None:
     try:
         if args.list:
             for number, (title, file, function, minutes, difficulty) in EXERCISES.items():
-                print(f"{number:2}  {title:34} {file:15} {function:21} {minutes:2} min  {difficulty}")
+                print(f"{number:2}  {title:34} {file:15} {function:21} {minutes:>2} min  {difficulty}")
         elif args.number not in EXERCISES:
             raise ValueError(f"there is no exercise {args.number}: give a number from 1 to {len(EXERCISES)}, or --list")
         elif args.restore:

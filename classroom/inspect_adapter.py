@@ -1,34 +1,41 @@
-"""What did training make of an adapter? Where attention goes, how large its vectors are, what it costs other texts.
+"""What did training make of an adapter? Who looks at whom, what it says next, its rank, what it costs others.
 
     python classroom/inspect_adapter.py out/sentence/prefix                        on the test data of --task sentence
     python classroom/inspect_adapter.py out/mine/prefix --base gpt2 --data mine.jsonl
 
-With matplotlib it draws attention by layer and head, lengths and losses into a figure beside the adapter.
+With matplotlib, it draws the attention token by token, a picture a layer with a panel a head, beside the adapter.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import attention, figure, load_base, load_tokenizer, markdown
+from common import attention, load_base, load_tokenizer, markdown
 from torch import Tensor
 
 from command.process import pick_device, run_command, say, start_process
 from data import Row, check_lengths, encode
-from model import GPT, KVCache
+from model import Decoder, KVCache
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt
 from train import DEFAULT_BASE, evaluate, load_adapters, load_examples, stacked_past_kv
 
 
-def virtual_share(model: GPT, rows: list[Row], past_kv: KVCache) -> Tensor:
+def virtual_share(model: Decoder, rows: list[Row], past_kv: KVCache) -> Tensor:
     """-> (L, H) share of its attention that the text pays to the P virtual tokens, the mean over its positions."""
     P, shares = past_kv[0][0].size(2), []
     for row in rows:  # one by one, so that there is no padding to leave out
         idx = torch.tensor([row.source + row.target[:-1]], device=model.device)
         shares.append(attention(model, idx, past_kv)[:, 0, :, :, :P].sum(dim=-1))  # (L, H, T)
     return torch.cat(shares, dim=-1).mean(dim=-1)
+
+
+def likeliest(model: Decoder, source: list[int], past_kv: KVCache | None, k: int = 5) -> list[tuple[int, float]]:
+    """-> the k likeliest ids behind a source, each with its probability."""
+    p = model(torch.tensor([source], device=model.device), past_kv)[0][0, -1].float().softmax(dim=-1)
+    return [(i.item(), p[i].item()) for i in p.topk(k).indices]
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -39,9 +46,28 @@ def effective_rank(matrix: Tensor) -> float:
     return (-(shares * shares.log()).sum()).exp().item()
 
 
-def norms(cache: KVCache, past: slice) -> list[tuple[float, float]]:
-    """-> per layer the mean length of the keys, and of the values, at those positions."""
-    return [tuple(part[:, :, past].float().norm(dim=-1).mean().item() for part in layer) for layer in cache]
+def draw(path: Path, title: str, weights: Tensor, P: int, asking: list[str], asked: list[str]) -> None:
+    """(H, rows, S) attention -> a picture with a panel a head, where a gap parts the P virtual tokens from the text."""
+    from matplotlib import colors, pyplot
+
+    columns = math.ceil(len(weights) ** 0.5)
+    lines = math.ceil(len(weights) / columns)
+    size = columns * (0.13 * len(asked) + 0.6) + 2, lines * (0.17 * len(asking) + 0.5) + 1.9  # inches: each label has room
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    gap = torch.full_like(weights[:, :, :1], torch.nan)
+    images, scale = 100 * torch.cat([weights[..., :P], gap, weights[..., P:]], dim=-1), colors.PowerNorm(0.5, vmin=0, vmax=100)
+    for head, (axis, image) in enumerate(zip(axes.flat, images), 1):
+        drawn = axis.imshow(image.tolist(), norm=scale, cmap="Blues", aspect="auto")
+        axis.set(title=f"head {head}: {image[:, :P].sum(dim=-1).mean():.0f} % to the virtual tokens", facecolor="0.6")
+        axis.set_xticks(range(len(asked) + 1), [*asked[:P], "", *asked[P:]], rotation=90, fontsize=8)
+        axis.set_yticks(range(len(asking)), asking, fontsize=8)
+    for axis in axes.flat[len(images) :]:
+        axis.set_axis_off()
+    figure.suptitle(f"{title}: where each token that predicts the answer (row) looks (column)")
+    figure.supxlabel(f"v1 … v{P}: virtual tokens; then the text")
+    figure.colorbar(drawn, ax=axes, label="% of the row's attention")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 @torch.no_grad()
@@ -60,14 +86,17 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
     share = virtual_share(model, rows, past_kv)
     found: dict[str, Any] = {"share": share.tolist(), "effective_rank": [], "losses": {}}
     say(f"Attention that the text of {task} pays to the {P} virtual tokens, percent:\n")
-    heads = [f"head {h}" for h in range(share.size(1))]
-    say(markdown(["layer", *heads], [[str(layer), *(f"{100 * s:.1f}" for s in line)] for layer, line in enumerate(share)]))
+    heads = [f"head {h}" for h in range(1, share.size(1) + 1)]
+    say(markdown(["layer", *heads], [[str(layer), *(f"{100 * s:.1f}" for s in line)] for layer, line in enumerate(share, 1)]))
 
-    _, cache = model(torch.tensor([rows[0].source], device=model.device), past_kv)
-    virtual, real = norms(cache, slice(0, P)), norms(cache, slice(P, None))
-    say("Length of keys and values, the mean over heads and positions:\n")
-    lines = [[str(layer), *(f"{n:.2f}" for pair in zip(v, r) for n in pair)] for layer, (v, r) in enumerate(zip(virtual, real))]
-    say(markdown(["layer", "virtual keys", "text's keys", "virtual values", "text's values"], lines))
+    def shown(token: int) -> str:
+        return repr(tokenizer.decode([token]))[1:-1] if token < tokenizer.n_vocab else f"id {token}"
+
+    row = min(rows, key=lambda row: len(row.source) + len(row.target))
+    found["next"] = [likeliest(model, row.source, past) for past in (None, past_kv)]
+    say(f"The likeliest next tokens behind {tokenizer.decode(row.source)!r}:\n")
+    lines = [[f"`{shown(token)}` {100 * p:.1f} %" for token, p in pair] for pair in zip(*found["next"])]
+    say(markdown(["adapter off", "adapter on"], lines))
 
     for adapter in adapters:
         matrix = adapter.vectors if isinstance(adapter, SoftPrompt) else adapter.kv().flatten(1)
@@ -76,9 +105,8 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
         if isinstance(adapter, SoftPrompt):
             lengths, embedding = adapter.vectors.norm(dim=1), model.wte.weight.float().norm(dim=1).mean()
             say(f"vectors of length {', '.join(f'{n:.1f}' for n in lengths)}; an embedding has {embedding:.1f} on average")
-            for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist()):
-                near = [repr(tokenizer.decode([i])) for i in ids if i < tokenizer.n_vocab]
-                say(f"vector {vector} is nearest to {' '.join(near)}")
+            for vector, ids in enumerate(adapter.nearest_tokens(model, 3).tolist(), 1):
+                say(f"vector {vector} is nearest to {' '.join(repr(shown(i)) for i in ids)}")
 
     say("\nLoss on other texts, nats per token. Off, the base is what it was, bit for bit: nothing is forgotten.\n")
     for other in TASKS:
@@ -89,25 +117,16 @@ def inspect(directory: str, base: str, device: str | None, task: str, data: str 
     lines = [[name, f"{off:.3f}", f"{on:.3f}"] for name, (off, on) in found["losses"].items()]
     say(markdown(["task", "adapter off", "adapter on"], lines))
 
-    def draw(axes) -> None:
-        image = axes[0][0].imshow((100 * share).tolist(), vmin=0, vmax=100)
-        axes[0][0].set(title="attention to virtual tokens, %", xlabel="head", ylabel="layer")
-        axes[0][0].figure.colorbar(image)
-        axes[0][0].locator_params(integer=True)
-        for part, name in enumerate(("keys", "values")):
-            axes[0][1].plot([pair[part] for pair in virtual], f"C{part}-", label=f"virtual {name}")
-            axes[0][1].plot([pair[part] for pair in real], f"C{part}:", label=f"the text's {name}")
-        axes[0][1].set(title="length", xlabel="layer", ylim=0)
-        axes[0][1].locator_params(axis="x", integer=True)
-        axes[0][1].legend()
-        for bar, name in enumerate(("off", "on")):
-            heights = [pair[bar] for pair in found["losses"].values()]
-            axes[0][2].barh([y - 0.4 * bar for y in range(len(heights))], heights, height=0.4, label=f"adapter {name}")
-        axes[0][2].set(title="loss on other texts", yticks=range(len(heights)), yticklabels=found["losses"])
-        axes[0][2].legend()
-
-    whole = Path(directory).resolve()
-    figure(whole.with_name(f"{whole.name}-inspect.png"), draw, columns=3)
+    read, name, first = row.source + row.target[:-1], Path(directory).resolve(), len(row.source) - 1
+    weights = attention(model, torch.tensor([read], device=model.device), past_kv)[:, 0, :, first:].float().cpu()
+    labels = [f"v{i}" for i in range(1, P + 1)] + [shown(i).strip() for i in read]
+    try:
+        for layer, heads in enumerate(weights, 1):
+            path = name.with_name(f"{name.name}-layer{layer}.png")
+            draw(path, f"Layer {layer}", heads, P, labels[P + first :], labels)
+            say(f"picture: {path}")
+    except ImportError:
+        say("no pictures: pip install -r classroom/requirements.txt")
     return found
 
 

@@ -30,6 +30,9 @@ D = C // H
 def pytest_configure(config: pytest.Config) -> None:
     for number, exercise in EXERCISES.items():
         config.addinivalue_line("markers", f"ex{number}: grades exercise {number}, {exercise.title}: {exercise.function}")
+    if config.option.markexpr in [f"ex{number}" for number in EXERCISES]:  # the first hint, and nothing that hides it
+        config.option.maxfail = config.option.maxfail or 1
+        config.option.tbstyle = config.option.tbstyle.replace("auto", "short")
 
 
 def random_model(seed: int = 0, family: str = "gpt2") -> Decoder:

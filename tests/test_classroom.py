@@ -1,6 +1,7 @@
 """The scripts of classroom/: what they measure is what they say, and an interruption loses nothing."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import common
@@ -154,4 +155,19 @@ def test_an_adapter_can_be_inspected(flags, method, capsys):
     found = inspect_adapter.main(["adapter", *flags])
     assert torch.tensor(found["share"]).shape == (4, 4) and len(found["effective_rank"]) == 1 + (method == "both")
     assert all(off != on for off, on in found["losses"].values())
-    assert ("is nearest to" in capsys.readouterr().out) == (method != "prefix")
+    assert len(found["next"][0]) == 5 and found["next"][0] != found["next"][1]
+    shown = capsys.readouterr().out
+    assert ("is nearest to" in shown) == (method != "prefix")
+    assert "| layer | head 1 | head 2 | head 3 | head 4 |" in shown and "\n| 4 |" in shown and "\n| 0 |" not in shown
+    drawn = sorted(path.name for path in Path().glob("*.png"))
+    assert drawn == [f"adapter-layer{i}.png" for i in range(1, 5) if find_spec("matplotlib")]
+
+
+def test_the_likeliest_next_tokens(model):
+    """Behind a text and behind a prefix of it: the first is what generation takes, and they come by their probability."""
+    text, source = random_ids(4, seed=1), [1, 2, 3]
+    found = inspect_adapter.likeliest(model, source, Prefix.text(model, text).past_kv(model))
+    ids = torch.tensor([*text, *source])[None]
+    assert found[0][0] == model.generate(ids, 1)[0, -1]
+    p = model(ids)[0][0, -1].softmax(dim=-1)
+    assert [value for _, value in found] == pytest.approx(p.sort(descending=True).values[:5].tolist())

@@ -1,6 +1,6 @@
 """The exercises: what is blank fails and what is before it passes; what is restored is what it was; nothing is lost."""
 
-import doctest
+import code
 import json
 import os
 import re
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from textwrap import dedent, indent
 
+import notebook
 import pytest
 import torch
 from blank import EXERCISES, parts
@@ -45,7 +46,7 @@ class Outcomes:
         for item in items:
             exercises[item.nodeid] = [int(mark.name[2:]) for mark in item.iter_markers() if mark.name.startswith("ex")]
 
-def grade(number, source, marked, files):
+def grade(number, source, marked, files, *flags):
     module = importlib.import_module(blank.EXERCISES[number].file[:-3])
     *owner, name = blank.EXERCISES[number].function.split(".")
     function = vars(getattr(module, owner[0]) if owner else module)[name]
@@ -55,7 +56,7 @@ def grade(number, source, marked, files):
     exec(compile(textwrap.dedent(source), f"exercise {number}", "exec"), vars(module), found)
     function.__code__ = found[name].__code__
     without = ["no:cacheprovider", "no:randomly", "no:unraisableexception"]  # the last collects garbage twice a session
-    pytest.main(["-qq", "--tb=line", *(f"-p{name}" for name in without), "-m", marked, *files], [Outcomes()])
+    pytest.main(["-qq", "--tb=line", *(f"-p{name}" for name in without), "-m", marked, *flags, *files], [Outcomes()])
     function.__code__ = right
 
 found = {"blank": {}, "wrong": []}
@@ -65,7 +66,7 @@ for number, exercise in blank.EXERCISES.items():
     blank.blank(number, force=True)
     _, head, stub, _ = blank.parts(exercise.file, exercise.function)
     files = [f"tests/test_{name}.py" for name in ("graders", "model", "prefix", "soft_prompt", "train")]
-    grade(number, (head + stub).decode(), " or ".join(f"ex{i}" for i in range(1, number + 1)), files)
+    grade(number, (head + stub).decode(), " or ".join(f"ex{i}" for i in range(1, number + 1)), files, "--maxfail=1000")
     found["blank"][number] = outcomes
     blank.restore(number)
     assert file.read_bytes() == before
@@ -91,12 +92,16 @@ MISTAKES = {
         ("The mask of a past?", ".tril(diagonal=S - T)", ".tril()"),
         ("is it the other way round?", ".tril(diagonal=S - T)", ".triu(diagonal=S - T + 1)"),
         ("numbers would be added", ", dtype=torch.bool", ""),
-        ("off by one?", "diagonal=S - T)", "diagonal=S - T + 1)"),
+        ("off by one", "diagonal=S - T)", "diagonal=S - T + 1)"),
+        ("a column for each of S keys", "torch.ones(T, S", "torch.ones(T, T"),
+        ("is the return missing?", "return ", ""),
     ],
     2: [
         ("is_causal=True", "attn_mask=mask)", "is_causal=True)"),
         ("by √D", "attn_mask=mask)", "attn_mask=mask, scale=1.0)"),
         ("The mask is not used", "attn_mask=mask)", ")"),
+        ("~mask is where minus infinity goes", "attn_mask=mask)", "attn_mask=~mask)"),
+        ("Added as numbers", "attn_mask=mask)", "attn_mask=mask.to(q.dtype))"),
         ("not 0", None, """
             scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
             mask = causal_mask(q.size(2), k.size(2), q.device)
@@ -114,6 +119,8 @@ MISTAKES = {
             k, v = behind(past, k, v)
             return self.c_proj(attend(q, k, v).transpose(1, 2).flatten(2)), (k, v)"""),
         ("do not look at the past", "attend(q.contiguous(), k, v)", "attend(q, k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
+        ("past is None", "behind(past, k, v)", "behind(past[:2], k, v)"),
+        ("two things", ".flatten(2)), (k, v)", ".flatten(2))"),
         ("c_proj is missing", "self.c_proj(y.transpose(1, 2).flatten(2))", "y.transpose(1, 2).flatten(2)"),
         ("swap H and T back", ".transpose(1, 2).flatten(2)", ".reshape(x.shape)"),
     ],
@@ -121,8 +128,14 @@ MISTAKES = {
         ("is there no cache?", "past_kv = self.forward_embeddings(self.wte(new)", "_ = self.forward_embeddings(self.wte(idx)"),
         ("do you take over the cache", "hidden, past_kv = self.forward", "hidden, _ = self.forward"),
         ("read only what is new", "self.wte(new)", "self.wte(idx)"),
+        ("use the last position", "(hidden[:, -1] @", "(hidden[:, 0] @"),
+        ("self.wte of ids", "self.wte(new)", "new"),
+        ("The temperature is not used", "if temperature > 0:", "if False:"),
+        ("not multiplied", "logits / temperature", "logits * temperature"),
+        ("top_k is not used", "if top_k is not None:", "if False:"),
+        ("not until one is", "if done.all():", "if done.any():"),
         ("once done, it stays done", "new.masked_fill(done, stop_token)", "new"),
-        ("past_kv is not used", "self.forward_embeddings(self.wte(new), past_kv)", "self.forward_embeddings(self.wte(idx))"),
+        ("past_kv is not used", "new, done = idx,", "past_kv, new, done = None, idx,"),
     ],
     5: [
         ("return self", "return self.requires_grad_(False)", "self.requires_grad_(False)"),
@@ -139,12 +152,17 @@ MISTAKES = {
             P, L, _, H, D = self.start.shape
             return [(k, v) for k, v in self.kv().reshape(L, 2, 1, H, P, D)]"""),
         ("the prefix behind it", "behind(past, *kv.expand(-1, B, -1, -1, -1))", "behind(tuple(kv), *past)"),
+        ("are (1, H, P, D)", "[:, :, None]", ""),
+        ("not the two lists", "[behind(past, *kv.expand(-1, B, -1, -1, -1)) for past, kv in zip(past_kv, per_layer)]",
+         "past_kv + [(k, v) for k, v in per_layer]"),
         ("The past in front is lost", "if past_kv is None:", "if True:"),
         ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
         ("has the dtype of the model", ".to(model.dtype)", ""),
     ],
     7: [
         ("The model wants a batch", "ids[None]", "ids"),
+        ("wants the cache", "_, cache =", "cache ="),
+        ("A prefix is (P, L, 2, H, D)", "cls.from_cache(cache)", "cls(model.wte(ids))"),
         ("not P rows of one", "ids[None]", "ids[:, None]"),
         ("not the cache itself", "return cls.from_cache(cache)", "return cache"),
         ("in its order", "ids[None]", "ids[None].flip(1)"),
@@ -153,7 +171,9 @@ MISTAKES = {
         ("zero weight and bias", "nn.init.zeros_(last.weight)", "pass"),
         ("The start is held fixed", "self.start.requires_grad_(False)", "pass"),
         ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **factory))", "torch.randn(P, H * D, **factory)"),
-        ("return self", "return self", "return None"),
+        ("is the return missing?", "return self", "return None"),
+        ("to L·2·C", "L * 2 * H * D, **factory", "L * H * D, **factory"),
+        ("The start stays", "self.start.requires_grad_(False)", "self.start = nn.Parameter(0 * self.start, False)"),
         ("a tanh", "nn.Tanh()", "nn.ReLU()"),
     ],
     9: [
@@ -166,6 +186,7 @@ MISTAKES = {
         ("expand the vectors to B rows", ".expand(B, P, C)", "[None]"),
         ("training learns nothing", "self.vectors.to", "self.vectors.detach().to"),
         ("Positions are put in twice", "self.vectors.to(model.dtype)", "(self.vectors + model.wpe.weight[:P]).to(model.dtype)"),
+        ("a batch of one", "model.forward_embeddings(vectors", "model(vectors"),
         ("returns the cache", "(vectors, past_kv)[1]", "(vectors, past_kv)"),
         ("do not only put it in front", None, """
             B = past_kv[0][0].size(0) if past_kv else 1
@@ -180,12 +201,15 @@ MISTAKES = {
             return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""),
         ("The past is not used", ", past_kv)", ")"),
         ("Every position was picked", "hidden[scored], batch.targets[scored]", "hidden.flatten(0, 1), batch.targets.flatten()"),
+        ("two things", "return hidden[scored], batch.targets[scored]", "return hidden[scored]"),
+        ("model.wte of the ids", "model.wte(batch.idx)", "batch.idx"),
         ("Hidden states, not logits", "hidden[scored]", "hidden[scored] @ model.head.T"),
     ],
     12: [
         ("a mean of means", None, ROW_BY_ROW),
         ("in the order they came in", "exact[chunk[wrong]] = False", "exact[lengths.argsort(stable=True).argsort()[chunk[wrong]]] = False"),
         ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
+        ("not one a position", None, ROW_BY_ROW.replace("append(bool(", "extend((").replace(".all()))", ").tolist())")),
         ("not if one of them is", None, ROW_BY_ROW.replace(".all()", ".any()")),
     ],
 }
@@ -241,12 +265,15 @@ def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(grade
 
 
 def test_each_likely_mistake_is_noticed_and_named(graded):
-    """Three or more for each exercise, and a sentence at the head of a message for each."""
+    """Three or more for each exercise, and a sentence at the head of the first message, after which `pytest -m exN` stops."""
     assert MISTAKES.keys() == EXERCISES.keys() and min(map(len, MISTAKES.values())) >= 3
     expected = [(number, hint, new) for number, mistakes in MISTAKES.items() for hint, _, new in mistakes]
+    wrong = []
     for (number, hint, new), outcomes in zip(expected, graded["wrong"], strict=True):
         sentences = [message.split("\n")[0] for _, failed, message in outcomes.values() if failed]
-        assert any(hint in sentence for sentence in sentences), f"exercise {number}, {new}: {hint!r} is not in {sentences}"
+        if len(sentences) != 1 or hint not in sentences[0]:
+            wrong.append(f"exercise {number}, {new}: {hint!r} is not {sentences}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_a_blank_function_names_its_exercise_and_keeps_its_docstring(copy):
@@ -274,7 +301,7 @@ def test_no_work_is_lost(copy):
     whole = file.read_text(encoding="utf-8")
     for attempt in ("return self", "return None  # mine"):
         assert blank(copy, 5).returncode == 0
-        mine = file.read_text(encoding="utf-8").replace('raise NotImplementedError("Exercise 5: freezing")', attempt)
+        mine = file.read_text(encoding="utf-8").replace('raise NotImplementedError("Exercise 5: Freezing")', attempt)
         file.write_text(mine, encoding="utf-8")
         assert attempt in file.read_text(encoding="utf-8") and refused(blank(copy, 1), changed)
         assert blank(copy, "--restore", 5).returncode == 0 and file.read_text(encoding="utf-8") == whole
@@ -299,6 +326,8 @@ def test_what_cannot_be_done_is_said_in_one_sentence(copy):
 
 def test_the_list_shows_every_exercise(copy):
     lines = blank(copy, "--list").stdout.splitlines()
+    sheet = (CLASSROOM / "exercises.md").read_text(encoding="utf-8")
+    assert list(EXERCISES) == list(range(1, 13)) and sheet.count("\n### ") == 12
     for number, (line, exercise) in enumerate(zip(lines, EXERCISES.values(), strict=True), start=1):
         assert re.split(r"  +", line.strip()) == [str(number), exercise.title, exercise.file, exercise.function,
                                                  f"{exercise.minutes} min", exercise.difficulty]  # fmt: skip
@@ -307,24 +336,32 @@ def test_the_list_shows_every_exercise(copy):
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 
-def test_the_walkthrough_shows_what_happens(monkeypatch):
-    """Every line of code in it is run, and what it prints compared."""
-    monkeypatch.chdir(ROOT)
+def test_the_walkthrough_shows_what_happens(monkeypatch, capsys):
+    """As a notebook, cell by cell, from its own folder; each line as if pasted into python, and what it shows compared."""
+    page, file = ((CLASSROOM / f"walkthrough.{kind}").read_text(encoding="utf-8") for kind in ("md", "ipynb"))
+    assert file == notebook.notebook(page), "make it anew: see notebook.py"
+    made = json.loads(file)["cells"]
+    shown = [shown for _, _, shown in notebook.cells(page)]
+    monkeypatch.chdir(CLASSROOM)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    console = code.InteractiveConsole()
     try:
-        result = doctest.testfile(str(CLASSROOM / "walkthrough.md"), module_relative=False, encoding="utf-8")
+        for cell, expected in zip(made, shown, strict=True):
+            lines = "".join(cell["source"]).split("\n") + [""] if cell["cell_type"] == "code" else []
+            assert not any([console.push(line) for line in lines][-1:]), "a cell ends in the middle of a statement"
+            assert capsys.readouterr() == (expected, ""), "".join(cell["source"])
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_printoptions(profile="default")
-    assert result.failed == 0 and result.attempted > 50
+    assert len(list(filter(None, shown))) > 30
 
 
-def test_the_sheet_has_every_exercise():
-    """With the minutes and the difficulty that --list shows."""
-    sheet = (CLASSROOM / "exercises.md").read_text(encoding="utf-8")
-    for number, (title, file, function, minutes, difficulty) in EXERCISES.items():
-        head = f"### {number}. {title[0].upper() + title[1:]}\n\n`{file}`, `{function}` — {minutes} minutes, {difficulty}."
-        assert sheet.count(head) == 1, head
+def test_a_notebook_in_another_folder_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (CLASSROOM / "walkthrough.md").read_text(encoding="utf-8")
+    first = next(source for kind, source, _ in notebook.cells(page) if kind == "code")
+    with pytest.raises(AssertionError, match="git clone"):
+        exec(first, {})
 
 
 def test_the_python_of_the_sheet_runs(tmp_path, monkeypatch):

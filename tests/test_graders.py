@@ -3,11 +3,14 @@
 Sentences come first, torch's numbers after them. tests/test_exercises.py hands in wrong solutions, and looks for the sentence.
 """
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blank import EXERCISES
 from conftest import C, D, H, L, random_ids, random_model
 from torch import Tensor
 from torch.testing import assert_close
@@ -24,24 +27,39 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def same(got: Any, expected: Any, hint: str) -> None:
+    __tracebackhide__ = True
     assert_close(got, expected, msg=lambda numbers: f"{hint}\n\n{numbers}")
+
+
+def shaped(got: Tensor, shape: tuple[int, ...], hint: str) -> None:
+    if tuple(got.shape) != shape:
+        pytest.fail(f"{hint}\n\nYours is {tuple(got.shape)}, and should be {shape}.", pytrace=False)
 
 
 def not_like(got: Tensor, mistakes: dict[str, Tensor]) -> None:
     """Fails with the name of the mistake whose result this is."""
     for hint, mistake in mistakes.items():
         if got.shape == mistake.shape and torch.allclose(got, mistake):
-            pytest.fail(hint)
+            pytest.fail(hint, pytrace=False)
 
 
 def attempt(hint: str, function: Callable, *given: Any) -> Any:
-    """-> what the function returns. If it raises something, the sentence comes before that."""
+    """-> what the function returns. If it raises something, the sentence comes first, then the student's own line."""
+    raised = None
     try:
-        return function(*given)
+        got = function(*given)
     except NotImplementedError:
         raise
     except Exception as error:
-        pytest.fail(f"{hint}\n\n{type(error).__name__}: {error}")
+        raised = error  # told below, or torch's words would come first
+    if raised:
+        files = {exercise.file for exercise in EXERCISES.values()}
+        lines = [frame for frame in traceback.extract_tb(raised.__traceback__) if Path(frame.filename).name in files]
+        where = f"\n\n{lines[0].filename}, line {lines[0].lineno}: {lines[0].line}" if lines else ""
+        pytest.fail(f"{hint}{where}\n\n{type(raised).__name__}: {raised}", pytrace=False)
+    if got is None:
+        pytest.fail("It returns nothing: is the return missing?", pytrace=False)
+    return got
 
 
 @pytest.fixture
@@ -54,10 +72,11 @@ def model(gpt2):
 def test_mistakes_in_the_mask():
     """Two queries behind a past of three."""
     mask = attempt("causal_mask takes T, S and a device.", causal_mask, 2, 5, torch.device("cpu"))
+    shaped(mask, (2, 5), "The mask has a row for each of T queries, and a column for each of S keys.")
     assert mask.dtype == torch.bool, "The mask is of True and False: numbers would be added to the scores."
     assert mask[0, 0], "True is where a query may look: is it the other way round?"
     assert mask[1].all(), "The mask of a past? The last query sees every key, so the triangle ends in the lower right corner."
-    assert mask[0].tolist() == [True] * 4 + [False], "The first query sees the past and itself, no more: off by one?"
+    assert mask[0].tolist() == [True] * 4 + [False], "The first query sees the past and itself: off by one, or no triangle?"
 
 
 @pytest.mark.ex2
@@ -65,11 +84,14 @@ def test_mistakes_in_attention():
     """Two queries behind a past of three, each mistake written out."""
     q, k, v = random(1, H, 2, D), 3 * random(1, H, 5, D, seed=1), random(1, H, 5, D, seed=2)
     y = attempt("attend takes q of (B, H, T, D), k and v of (B, H, S, D).", attend, q, k, v)
+    shaped(y, (1, H, 2, D), "attend returns (B, H, T, D): the weights, (B, H, T, S), times v.")
     scores = q @ k.transpose(2, 3)
     late = ~torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
     upper_left = torch.ones(2, 5, dtype=torch.bool).triu(1)
     right = (scores / D**0.5).masked_fill(late, -torch.inf)
-    not_like(y, {
+    not_like(y.nan_to_num(), {
+        "True is where a query may look, so ~mask is where minus infinity goes: is it the other way round?":
+            (scores / D**0.5).masked_fill(~late, -torch.inf).softmax(dim=-1).nan_to_num() @ v,
         "The mask of a past? is_causal=True and tril() without a diagonal put the triangle into the upper left corner.":
             (scores / D**0.5).masked_fill(upper_left, -torch.inf).softmax(dim=-1) @ v,
         "The mask is not used: a query sees the keys behind it.": (scores / D**0.5).softmax(dim=-1) @ v,
@@ -79,6 +101,12 @@ def test_mistakes_in_attention():
             (scores / D**0.5).softmax(dim=-1).masked_fill(late, 0) @ v,
         "The scores are not divided by √D.": scores.masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
         "The scores are divided by D, and should be by √D.": (scores / D).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
+        "The scores are multiplied by √D, and should be divided by it.":
+            (scores * D**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
+        "Added as numbers, the mask is 1 and 0: put in minus infinity where it is False.":
+            (scores / D**0.5 + ~late).softmax(dim=-1) @ v,
+        "√D, and D is the width of a head: the last axis of q.":
+            (scores / H**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
         "The softmax goes over the keys, the last axis.": right.softmax(dim=-2) @ v,
     })  # fmt: skip
     same(y, right.softmax(dim=-1) @ v, "softmax(q·k / √D) v, with the mask: which part is missing?")
@@ -92,12 +120,12 @@ def test_mistakes_in_attention():
 def test_mistakes_in_attention_with_a_past(model):
     attention, x = model.h[0].attn, random(1, 3, C)
     past = (random(1, H, 2, D, seed=1), random(1, H, 2, D, seed=2))
-    whole = attempt("forward takes (B, T, C) and a past of (keys, values).", attention.forward, x, past)
+    whole = attempt("Heads: (B, T, C) becomes (B, H, T, D) for attend, and (B, T, C) behind it.", attention.forward, x, past)
     assert isinstance(whole, tuple) and len(whole) == 2, "forward returns two things: what was attended to, and (keys, values)."
     y, kv = whole
     q, k, v = (part.view(1, 3, H, D).transpose(1, 2) for part in attention.c_attn(x).split(C, dim=2))
     for name, new, old, got in zip(("keys", "values"), (k, v), past, kv):
-        same(got.shape, (1, H, 5, D), f"The {name} that come out are those of past and new positions, (B, H, S, D).")
+        shaped(got, (1, H, 5, D), f"The {name} that come out are those of past and new positions, (B, H, S, D).")
         not_like(got, {f"The past goes in front of the new {name}, not behind them.": torch.cat([new, old], dim=2)})
         same(got[:, :, :2], old, f"The past goes in front, as it is: are its {name} among the values, or changed?")
         for other, part in {"queries": q, "keys": k, "values": v}.items():
@@ -111,6 +139,7 @@ def test_mistakes_in_attention_with_a_past(model):
         "Heads and positions are mixed up at the end: swap H and T back before they are joined.": project(seen.reshape(1, 3, C)),
     })  # fmt: skip
     same(y, project(seen.transpose(1, 2).flatten(2)), "attend, then swap H and T back, join the heads, and c_proj.")
+    attempt("Without a past, past is None, and nothing goes in front: behind knows that.", attention.forward, x, None)
 
 
 @pytest.mark.ex4
@@ -127,15 +156,43 @@ def test_mistakes_in_generation(model, behind):
         return ids
 
     hook = model.h[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].size(1)))
-    got = attempt("generate reads the prompt behind past_kv, then the new tokens.", model.generate, idx, n, past)
+    hint = "generate reads the prompt behind past_kv, then the new tokens; forward_embeddings wants vectors, self.wte of ids."
+    got = attempt(hint, model.generate, idx, n, past)
     hook.remove()
-    same(got.shape, (2, T + n), "generate returns the prompt and all new tokens, (B, T + new).")
+    shaped(got, (2, T + n), "generate returns the prompt and all new tokens, (B, T + new).")
     if behind:
         not_like(got, {"past_kv is not used: read the prompt behind it.": anew(None)})
-    hint = "A token does not know those before it: do you take over the cache that each step returns, and read only what is new?"
+    hint = "Not the likeliest: do you take over the cache that each step returns, read only what is new, use the last position?"
     same(got, anew(past), hint)
     hint = "positions were read: is there no cache? Read the prompt once, then each new token once, but not the last"
     assert sum(read) == T + n - 1, f"{sum(read)} {hint}: T + n - 1 = {T + n - 1}."
+
+
+@pytest.mark.ex4
+def test_mistakes_in_sampling(model):
+    """Two rows, with a generator of the same seed, written out without a cache."""
+    def anew(factor: float = 0.5, top_k: int = 61) -> Tensor:
+        ids, generator = random_ids(2, 3), torch.Generator().manual_seed(0)
+        for _ in range(8):
+            logits = factor * model(ids)[0][:, -1].float()
+            likely = logits.masked_fill(logits < logits.sort().values[:, -top_k, None], -torch.inf).softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
+        return ids
+
+    def sampled(**how: int) -> Tensor:
+        return model.generate(random_ids(2, 3), 8, temperature=2.0, generator=torch.Generator().manual_seed(0), **how)
+
+    hint = "Above temperature 0, one token a row is drawn by torch.multinomial."
+    not_like(attempt(hint, sampled), {
+        "The temperature is not used: above 0, a token is drawn.": model.generate(random_ids(2, 3), 8),
+        "The logits are divided by the temperature, not multiplied.": anew(2.0),
+    })  # fmt: skip
+    hint = "Draw over the whole vocabulary: torch.multinomial of the softmax of logits / temperature, with the generator."
+    same(sampled(), anew(), hint)
+    got = attempt("With a top_k, too.", lambda: sampled(top_k=3))
+    not_like(got, {"top_k is not used: the logits of all others become minus infinity.": anew()})
+    same(got, anew(top_k=3), "With top_k, the logits of all but the k likeliest become minus infinity.")
+    attempt("top_k may be more than there are tokens: min(top_k, V).", lambda: sampled(top_k=99))
 
 
 @pytest.mark.ex4
@@ -149,6 +206,8 @@ def test_mistakes_at_the_stop_token(model):
         end = unstopped.index(stop) + 1 if stop in unstopped else len(unstopped)
         assert set(row[end:]) <= {stop}, "A row that has stopped goes on: once done, it stays done, filled with the stop token."
         assert row[:end] == unstopped[:end][: len(row)], "A stop in one row changes what stands before it, or another row."
+    ends = [row.index(stop) + 1 if stop in row else 12 for row in free[:, 3:].tolist()]
+    assert got.size(1) == 3 + max(ends), "The loop goes on until every row is done, not until one is."
     stopped = model.generate(idx[:1], 12, stop_token=model.generate(idx[:1], 1)[0, -1].item())
     assert stopped.size(1) == 4, "When every row is done, the loop ends."
 
@@ -178,7 +237,7 @@ def test_mistakes_in_the_cache_of_a_prefix(model):
     assert len(cache) == L, "The cache is a list with a pair (keys, values) for each layer."
     for layer, pair in enumerate(cache):
         for part, (name, got) in enumerate(zip(("keys", "values"), pair)):
-            same(got.shape, (1, H, 3, D), f"The {name} of a layer are (1, H, P, D).")
+            shaped(got, (1, H, 3, D), f"The {name} of a layer are (1, H, P, D).")
             expected, other = (prefix.start[:, layer, i].transpose(0, 1)[None] for i in (part, 1 - part))
             not_like(got, {"k and v swapped? Keys are at 0 of the third axis, values at 1.": other})
             same(got, expected, "Axes are mixed up: permute (P, L, 2, H, D), for view and reshape only cut the numbers anew.")
@@ -204,6 +263,7 @@ def test_mistakes_behind_another_past(model):
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in front.past_kv(model)]
         cache = attempt("A past of B rows: expand the prefix to B rows, then put it behind.", prefix.past_kv, model, past)
+        assert len(cache) == L, "Still a pair for each layer: join its tensors along the positions, not the two lists."
         for (k, v), old, own in zip(cache, past, prefix.past_kv(model)):
             not_like(k[:1], {"The past in front is lost.": own[0]})
             behind = torch.cat([own[0], old[0][:1]], dim=2)
@@ -218,10 +278,11 @@ def test_mistakes_behind_another_past(model):
 @pytest.mark.ex7
 def test_mistakes_in_a_prefix_from_text(model):
     text, idx = random_ids(5, seed=1), random_ids(1, 4)
-    prefix = attempt("The model wants a batch: (P,) ids are one row, (1, P).", Prefix.text, model, text)
+    hint = "The model wants a batch, one row of P ids, and from_cache wants the cache, the second thing that it returns."
+    prefix = attempt(hint, Prefix.text, model, text)
     assert isinstance(prefix, Prefix), "text returns a Prefix, which from_cache makes of the cache, and not the cache itself."
-    hint = "The prefix has P rows, one a token: is the text one row of P ids, and not P rows of one?"
-    same(prefix.start.shape, (5, L, 2, H, D), hint)
+    hint = "A prefix is (P, L, 2, H, D), from the cache of one row of P ids, and not P rows of one."
+    shaped(prefix.start, (5, L, 2, H, D), hint)
     one_by_one = [model(i[None, None])[1] for i in text]
     apart = torch.stack([torch.stack([torch.stack(kv) for kv in cache])[:, :, 0, :, 0] for cache in one_by_one])
     not_like(prefix.start, {"Each token was read alone: read the text at once, so that tokens see those before them.": apart})
@@ -237,15 +298,16 @@ def test_mistakes_in_the_mlp(model):
     trained = {name for name, p in through.named_parameters() if p.requires_grad}
     assert "start" not in trained, "The start is held fixed: close it to gradients, for only the MLP is to train."
     assert "inputs" in trained, "The inputs are trained, too: make them an nn.Parameter."
-    same(through.inputs.shape, (3, C), "The inputs are a row of C numbers for each virtual token.")
-    same(through.kv(), plain.kv(), "At first the MLP changes nothing: zero weight and bias of its last layer.")
-    assert through.inputs.std() > 0.5, "The inputs are drawn from N(0, 1): equal rows would stay equal."
+    shaped(through.inputs, (3, C), "The inputs are a row of C numbers for each virtual token.")
     kinds = [type(part).__name__ for part in through.mlp]
     assert kinds == ["Linear", "Tanh", "Linear"], f"The MLP is a layer, a tanh, and a layer: it is {', '.join(kinds)}."
     widths = [tuple(part.weight.shape) for part in (through.mlp[0], through.mlp[2])]
-    same(widths, [(10, C), (L * 2 * C, 10)], "The MLP goes from C to mid_dim, and from there to L·2·C.")
+    assert widths == [(10, C), (L * 2 * C, 10)], "The MLP goes from C to mid_dim, and from there to L·2·C."
     like_start = {p.dtype for p in through.parameters()} == {plain.start.dtype}
     assert like_start, "All parameters have the dtype, and the device, of self.start."
+    same(through.start, plain.start, "The start stays what it is: the MLP's output is added to it.")
+    same(through.kv(), plain.kv(), "At first the MLP changes nothing: zero weight and bias of its last layer.")
+    assert through.inputs.std() > 0.5, "The inputs are drawn from N(0, 1): equal rows would stay equal."
     through.kv().sum().backward()
     learns = through.mlp[2].weight.grad.abs().sum() > 0
     assert learns, "The MLP gets no gradient: its first layer must not be zero, nor its output cut off."
@@ -273,10 +335,10 @@ def random_prompt(P: int = 3) -> SoftPrompt:
 @pytest.mark.ex10
 def test_mistakes_in_the_cache_of_a_soft_prompt(model):
     prompt = random_prompt()
-    cache = attempt("The model wants (B, P, C): the vectors are a batch of one.", prompt.past_kv, model)
+    cache = attempt("Vectors go into model.forward_embeddings, a batch of one: (1, P, C).", prompt.past_kv, model)
     a_cache = isinstance(cache, list) and len(cache) == L
     assert a_cache, "past_kv returns the cache alone: forward_embeddings returns hidden states, and the cache."
-    same(cache[0][0].shape, (1, H, 3, D), "Without a past in front, the vectors are one row, (1, P, C).")
+    shaped(cache[0][0], (1, H, 3, D), "Without a past in front, the vectors are one row, (1, P, C).")
     twice = model.forward_embeddings(prompt.vectors[None] + model.wpe.weight[:3])[1]
     not_like(cache[0][0], {"Positions are put in twice: forward_embeddings adds them.": twice[0][0]})
     same(cache, model.forward_embeddings(prompt.vectors[None])[1], "The vectors go through the model in place of embeddings.")
@@ -292,7 +354,9 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
     prompt, text = random_prompt(), random_ids(2, seed=3)
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in model(text[None])[1]]
-        cache = attempt("A past of B rows: expand the vectors to B rows.", prompt.past_kv, model, past)
+        hint = "A past of B rows, B = past_kv[0][0].size(0): expand the vectors to B rows."
+        cache = attempt(hint, prompt.past_kv, model, past)
+        shaped(cache[0][0][:, :, -3:], (B, H, 3, D), hint)
         not_like(cache[0][0], {"The past in front is lost: hand it to the model.": prompt.past_kv(model)[0][0]})
         vectors = torch.cat([model.wte(text), prompt.vectors]).expand(B, -1, -1)
         expected = model.forward_embeddings(vectors)[1]
@@ -305,13 +369,15 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
 def test_mistakes_at_target_positions(model):
     rows = [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9]), Row([5, 4], [3])]
     batch, past = batch_of(rows, model.device), model(random_ids(1, 4))[1]
-    hint = "hidden states of (B, T, C), then a choice among (B, T)."
-    hidden, targets = attempt(f"target_hidden returns two tensors: {hint}", target_hidden, model, batch, past)
+    hint = "model.forward_embeddings reads vectors, model.wte of the ids, and gives (B, T, C); then choose among (B, T)."
+    got = attempt(hint, target_hidden, model, batch, past)
+    assert isinstance(got, tuple) and len(got) == 2, "target_hidden returns two things: hidden states, and targets."
+    hidden, targets = got
     assert len(targets) != batch.targets.numel(), "Every position was picked: only those whose target is not IGNORE are scored."
     assert not (targets == IGNORE).any(), "A position that is not scored was picked: take those whose target is not IGNORE."
     hint = "The targets are those of batch.targets, in its order: a batch is shifted already, so do not shift it again."
     same(targets, torch.tensor([4, 5, 7, 8, 9, 3]), hint)
-    same(hidden.shape, (6, C), "Hidden states, not logits: (N, C), one for each target.")
+    shaped(hidden, (6, C), "Hidden states, not logits: (N, C), one for each target.")
     everywhere = model.forward_embeddings(model.wte(batch.idx), past)[0]
     where = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 1)]
     alone = model.forward_embeddings(model.wte(batch.idx))[0]
@@ -337,6 +403,8 @@ def test_mistakes_in_exact_match(model):
     first_wrong = other(said([11], 1)[0])
     rows.append(Row([11], [first_wrong, *said([11, first_wrong], 1)]))
     loss, exact = attempt("evaluate returns the loss and, for each row, whether it is right.", evaluate, model, [], rows, 2)
+    answers = isinstance(exact, list) and len(exact) == 5
+    assert answers, "A list with one answer a row: not one a position, not their mean, and the last chunk, a shorter one, too."
     right = [True, False, True, False, False]
     order = sorted(range(5), key=lambda i: len(rows[i].source) + len(rows[i].target))
     hint = "The answers are in the order that the rows were sorted to: give them back in the order they came in."
