@@ -91,6 +91,7 @@ class Progress:
         self.first, self.steps, self.tokens, self.metrics = step, steps, 0, None
         if beside and steps and this_process()[0] == 0:
             metrics = beside.with_name("metrics.jsonl")
+            metrics.parent.mkdir(parents=True, exist_ok=True)
             before = metrics.read_text().splitlines(keepends=True)[:step] if step and metrics.exists() else []
             self.metrics = open(metrics, "w", buffering=1)  # line by line
             self.metrics.writelines(before)
