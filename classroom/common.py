@@ -21,15 +21,17 @@ from torch import Tensor, nn  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from model import GPT, Decoder, KVCache, attend, causal_mask  # noqa: E402
+from lora import add_lora  # noqa: E402
+from model import Decoder, KVCache, attend, causal_mask  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
 from small_base.process import pick_device, say, start_process  # noqa: E402
 from storage.base import load_base  # noqa: E402
-from storage.files import replace_file  # noqa: E402
+from storage.files import read_json, replace_file  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
 NAMES = {"none": "frozen base", "soft_prompt": "soft prompt", "prefix": "prefix", "both": "prefix + soft prompt"}
-NAMES["full"] = "full fine-tuning"
+NAMES |= {"lora": "LoRA", "full": "full fine-tuning"}
+RECIPES = train.RECIPES | {"lora": train.Recipe((), 4, 1e-2, 150)}  # its length is a rank
 RESULTS, QUICK = Path(__file__).parent / "results", Path("out/quick")
 
 
@@ -50,14 +52,6 @@ def attention(model: Decoder, idx: Tensor, past_kv: KVCache | None = None) -> Te
     with mock.patch.object(sys.modules[type(model.h[0].attn).__module__], "attend", noted):
         model(idx, past_kv)
     return torch.stack(weights)
-
-
-@torch.no_grad()
-def moved(model: GPT, n: int) -> GPT:
-    """-> the model with its positions moved: a text with nothing in front is where n virtual tokens would have put it."""
-    model = copy.deepcopy(model)
-    model.wpe.weight.copy_(model.wpe.weight.roll(-n, dims=0))
-    return model
 
 
 def forward(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Tensor:
@@ -178,10 +172,12 @@ def prepared(
     looks: int = 1,
 ) -> Run:  # fmt: skip
     """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
-    recipe, tokenizer = train.RECIPES[method], load_tokenizer(base)
+    recipe, tokenizer = RECIPES[method], load_tokenizer(base)
     model = load_base(base).to(device).requires_grad_(method == "full")
     rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
     P, steps = n_virtual or recipe.n_virtual, steps or recipe.steps
+    if method == "lora":
+        add_lora(model, rank=P, seed=seed)
     adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, init, seed=seed)
     for split in rows:
         data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
@@ -212,7 +208,8 @@ class Experiment:
         self.command = " ".join(["python", f"classroom/{self.name}.py", *(sys.argv[1:] if argv is None else argv)])
         self.seeds = range(1 if self.args.quick else self.args.seeds)
         self.at_most = 10 if self.args.quick else None  # rows of a split
-        self.runs: list[dict[str, Any]] = []  # what was measured, seed by seed
+        self.file = self.out / f"{self.name}.json"
+        self.runs: list[dict[str, Any]] = read_json(self.file)["runs"] if self.file.exists() else []
         start_process()
         self.begin, self.device = time.perf_counter(), pick_device(self.args.device)
         ready(self.args.base, self.device)
@@ -241,14 +238,34 @@ class Experiment:
         say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
         return run._replace(start=start, loss=loss, exact=train.share(exact))
 
+    def base(self, seed: int) -> Path:
+        """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
+        directory = Path("out/bases", str(seed)) if seed and not self.args.quick else Path(self.args.base)
+        if not (directory / "config.json").exists():
+            recipe = train.RECIPES["pretrain"]
+            pretrain(directory, [], recipe.steps, recipe.lr, batch_size=16, seed=seed, device=self.device)
+        return directory
+
+    def once(self, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """-> the run with these settings: a stored one, or one that is measured now, and stored."""
+        for run in self.runs:
+            if settings.items() <= run.items():
+                return run
+        say(f"{time.perf_counter() - self.begin:5.0f} s  " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+        self.runs.append(settings | measure())
+        self.store()
+        return self.runs[-1]
+
+    def store(self, **found: Any) -> None:
+        head = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
+        write_json(self.file, head | found | {"runs": self.runs})
+
     def measured(self, key: str, **where: Any) -> list[Any]:
         """-> one measured value of those runs that agree with `where`, a value a seed."""
         return [run[key] for run in self.runs if all(run[name] == value for name, value in where.items())]
 
     def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], *grid: int) -> None:
         """Writes the table and the runs to NAME.json, prints the table, draws NAME.png, a grid of (columns, rows) panels."""
-        found = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
-        found |= {"seconds": round(time.perf_counter() - self.begin), "table": [dict(zip(header, row)) for row in rows]}
-        write_json(self.out / f"{self.name}.json", found | {"runs": self.runs})
+        self.store(table=[dict(zip(header, row)) for row in rows])
         say(f"\n{self.question}\n\n{markdown(header, rows)}")
         figure(self.out / f"{self.name}.png", draw, *grid)

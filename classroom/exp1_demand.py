@@ -1,0 +1,154 @@
+"""1. What can each method do?
+
+    python classroom/exp1_demand.py            a night; stopped and started again, it goes on where it was
+    python classroom/exp1_demand.py --few      an hour: a part of the grid, fewer steps, one run a base
+
+Demands that grow, so that the methods do not tie. The input is a message, which asks a restaurant for its food. The first N names
+are keys, or with 432 the pairs of name and food; a random rule gives each key its own answer:
+
+    route   which of two replies that the base knows: polite or terse; with one key: select. Guessing gives 50 %
+    xor     the same by a bit of the name and a bit of the food: where they differ, terse. Neither says anything alone
+    fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
+
+Test records are new, their keys are not. Learning rate and steps are chosen for each cell on a base, data and a start that are not
+reported: if the first rate does not answer all validation examples, the rate of the lowest loss after 150 steps; then twice the
+steps, as long as that lowers the loss by a tenth. Three bases, three seeds of data and three of the start meet in nine runs, so
+that each pair of seeds meets once.
+"""
+
+import contextlib
+import io
+import math
+import random
+from typing import Any, NamedTuple
+
+from common import NAMES, RECIPES, Experiment, band, lowest, prepared, spread
+
+from data import Example
+from small_base.process import run_command
+from small_base.world import FORMS, VALUES, Record, split_of
+from train import Diverged, evaluate, share, tune
+
+DEMANDS = [("route", N) for N in (1, 2, 4, 8, 16, 36, 432)] + [("xor", 36)] + [("fact", N) for N in (1, 4, 8, 16, 36, 432)]
+# About 8,192 numbers each, a prefix of one token, and the whole; then the usual sizes
+SIZES = [("soft_prompt", 64), ("prefix", 1), ("prefix", 8), ("both", 7), ("lora", 4), ("full", 0)]
+USUAL = [("soft_prompt", 20), ("prefix", 4), ("prefix", 16), ("prefix", 32), ("both", 4)]
+FEW = [("route", 8), ("route", 36), ("route", 1), ("fact", 36), ("xor", 36), ("fact", 8), ("route", 2), ("fact", 432)]
+BATCH, STEPS, MOST, MOST_OF_FEW, UNREPORTED = 8, 150, 2400, 300, 100
+
+
+class Cell(NamedTuple):
+    """What decides a run, apart from its seeds, its learning rate and its steps."""
+
+    demand: str
+    N: int
+    method: str
+    size: int  # virtual tokens, of each adapter of a stack; of LoRA the rank
+
+
+def label(method: str, size: int) -> str:
+    sizes = {"both": f" of {size} + {size}", "lora": f" of rank {size}", "full": ""}
+    return NAMES[method] + sizes.get(method, f" of {size}")
+
+
+def examples_of(demand: str, N: int, split: str, n: int, seed: int) -> list[Example]:
+    """-> n examples of a demand; the seed decides its rule and its records."""
+    rng, rule, found = random.Random(f"{split} {seed}"), random.Random(f"rule {seed}"), []
+    bits = rule.sample(range(12), 12)  # of the foods
+    order = rule.sample(range(N), N)
+    while len(found) < n:
+        key = rng.randrange(N)
+        food = key // 36 if N > 36 else rng.randrange(12)
+        record = Record(*map(rng.choice, VALUES))._replace(name=VALUES.name[key % 36], food=VALUES.food[food])
+        if split_of(record) != split:
+            continue
+        if demand == "fact":
+            target = FORMS["polite"](record._replace(area=VALUES.area[order[key] % 8]))
+        else:
+            bit = order[key] + (bits[food] if demand == "xor" else 0)
+            target = FORMS[("polite", "terse")[bit % 2]](record)
+        found.append(Example(FORMS["message"](record), target))
+    return found
+
+
+def run(experiment: Experiment, cell: Cell, seeds: tuple[int, int, int], lr: float, steps: int) -> dict[str, Any]:
+    """-> the record of a run on the seeds of (base, data, start): its validation loss, and the share of right answers."""
+
+    def measure() -> dict[str, Any]:
+        sizes = {"train": 4000 if cell.N > 36 else 1000, "validation": 100, "test": 300}
+        examples = {split: examples_of(*cell[:2], split, experiment.at_most or n, seeds[1]) for split, n in sizes.items()}
+        own = {"n_virtual": cell.size, "lr": lr, "steps": experiment.steps(steps), "batch_size": BATCH}
+        ready = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
+        trained = sum(p.numel() for part in (ready.model, *ready.adapters) for p in part.parameters() if p.requires_grad)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                tune(ready.model, ready.adapters, ready.rows, ready.plan)
+        except Diverged:
+            return {"trained": trained, "loss": math.inf, "exact": 0.0, "test": 0.0}
+        loss, hits = evaluate(ready.model, ready.adapters, ready.rows["validation"], 50)
+        found = {"trained": trained, "loss": loss, "exact": share(hits)}
+        if seeds[0] != UNREPORTED:
+            found["test"] = share(evaluate(ready.model, ready.adapters, ready.rows["test"], 50)[1])
+        return found
+
+    names = dict(zip(("base", "data", "start"), seeds))
+    return experiment.once(cell._asdict() | names | {"lr": lr, "steps": steps}, measure)
+
+
+class Demand:
+    """The grid, and what is chosen in it."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.few = experiment, experiment.args.few
+        self.demands = experiment.grid(FEW if self.few else DEMANDS)
+        self.sizes = experiment.grid(SIZES if self.few else SIZES + USUAL)
+        passes = experiment.seeds[:1] if self.few else experiment.seeds
+        bases = range(1 if experiment.args.quick else 3)
+        self.seeds = [(b, (b + i) % 3, (b + 2 * i) % 3) for i in passes for b in bases]
+
+    def plan(self, cell: Cell) -> tuple[float, int]:
+        """-> learning rate and steps, chosen on seeds that are not reported."""
+        middle, most = RECIPES[cell.method].lr, MOST_OF_FEW if self.few else MOST
+
+        def tried(power: int, steps: int = STEPS) -> dict[str, Any]:
+            return run(self.experiment, cell, (UNREPORTED,) * 3, float(f"{middle * 3.0**power:.2g}"), steps)
+
+        if tried(0)["exact"] == 100:
+            return tried(0)["lr"], STEPS
+        power, steps = lowest(lambda power: tried(power)["loss"]), STEPS
+        while steps < most and tried(power, steps)["exact"] < 100:
+            if tried(power, 2 * steps)["loss"] > 0.9 * tried(power, steps)["loss"]:
+                break
+            steps *= 2
+        return tried(power)["lr"], steps
+
+    def runs(self, cell: Cell) -> list[dict[str, Any]]:
+        return [run(self.experiment, cell, seeds, *self.plan(cell)) for seeds in self.seeds]
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment = Experiment(__file__, __doc__, argv, lambda add: add("--few", action="store_true", help="a part of the grid"))
+    grid = Demand(experiment)
+    for demand in grid.demands:
+        for method, size in grid.sizes:
+            grid.runs(Cell(*demand, method, size))
+    rows = []
+    for method, size in grid.sizes:
+        cells = [grid.runs(Cell(*demand, method, size)) for demand in grid.demands]
+        numbers = f"{cells[0][0]['trained']:,}"
+        rows.append([label(method, size), numbers, *(spread([found["test"] for found in runs], 0) for runs in cells)])
+
+    def draw(axes) -> None:
+        for axis, kind in zip(axes[0], ("route", "fact")):
+            some = [demand for demand in grid.demands if demand[0] == kind]
+            for method, size in grid.sizes if some else []:
+                columns = [[found["test"] for found in grid.runs(Cell(*demand, method, size))] for demand in some]
+                band(axis, [N for _, N in some], columns, label(method, size))
+            axis.set(title=kind, xlabel="keys", ylabel="exact match on test data, %", xscale="log")
+
+    names = [f"{kind} {N}" for kind, N in grid.demands]
+    experiment.report(["method", "numbers", *names], rows, draw, 2)
+
+
+if __name__ == "__main__":
+    run_command(main)
