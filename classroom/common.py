@@ -188,18 +188,20 @@ def prepared(
 class Experiment:
     """The command line of an experiment, its runs, and its report: a JSON file, a table and a figure."""
 
-    def __init__(self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None):
+    def __init__(
+        self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None, out: Path = RESULTS
+    ):
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
         add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
         add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
         add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
         add("--seeds", type=int, default=3, help="(default: 3)")
-        add("--out", type=Path, help=f"(default: classroom/results; with --quick {QUICK})")
+        add("--out", type=Path, help=f"(default: {'classroom/results' if out == RESULTS else out}; with --quick {QUICK})")
         if own_flags:
             own_flags(add)
         self.args = parser.parse_args(argv)
-        self.out = self.args.out or (QUICK if self.args.quick else RESULTS)
+        self.out = self.args.out or (QUICK if self.args.quick else out)
         if self.args.seeds < 1:
             raise ValueError(f"--seeds {self.args.seeds}: give 1 or more")
         if self.args.quick and self.out.resolve() == RESULTS.resolve():
@@ -268,4 +270,5 @@ class Experiment:
         """Writes the table and the runs to NAME.json, prints the table, draws NAME.png, a grid of (columns, rows) panels."""
         self.store(table=[dict(zip(header, row)) for row in rows])
         say(f"\n{self.question}\n\n{markdown(header, rows)}")
+        replace_file(self.file.with_suffix(".md"), markdown(header, rows).encode())
         figure(self.out / f"{self.name}.png", draw, *grid)
