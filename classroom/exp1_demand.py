@@ -10,31 +10,33 @@ are keys, or with 432 the pairs of name and food; a random rule gives each key i
     xor     the same by a bit of the name and a bit of the food: where they differ, terse. Neither says anything alone
     fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
 
-Test records are new, their keys are not. Learning rate and steps are chosen for each cell on a base, data and a start that are not
-reported: if the first rate does not answer all validation examples, the rate of the lowest loss after 150 steps; then twice the
-steps, as long as that lowers the loss by a tenth. Three bases, three seeds of data and three of the start meet in nine runs, so
-that each pair of seeds meets once.
+Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps (with
+--few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The learning rate is chosen for
+each cell on a base, data and a start that are not reported. Three bases, three seeds of data and three of the start meet in nine
+runs, so that each pair of seeds meets once.
 """
 
-import contextlib
-import io
 import math
 import random
+from itertools import islice
 from typing import Any, NamedTuple
 
-from common import NAMES, RECIPES, Experiment, band, lowest, prepared, spread
+import torch
+from common import NAMES, RECIPES, Experiment, Run, band, gradients, lowest, prepared, spread
+from torch import nn
 
-from data import Example
+from data import Example, batch_of, shuffled_batches
 from small_base.process import run_command
 from small_base.world import FORMS, VALUES, Record, split_of
-from train import Diverged, evaluate, share, tune
+from storage.checkpoints import Curve
+from train import evaluate, share
 
 DEMANDS = [("route", N) for N in (1, 2, 4, 8, 16, 36, 432)] + [("xor", 36)] + [("fact", N) for N in (1, 4, 8, 16, 36, 432)]
 # About 8,192 numbers each, a prefix of one token, and the whole; then the usual sizes
 SIZES = [("soft_prompt", 64), ("prefix", 1), ("prefix", 8), ("both", 7), ("lora", 4), ("full", 0)]
 USUAL = [("soft_prompt", 20), ("prefix", 4), ("prefix", 16), ("prefix", 32), ("both", 4)]
-FEW = [("route", 8), ("route", 36), ("route", 1), ("fact", 36), ("xor", 36), ("fact", 8), ("route", 2), ("fact", 432)]
-BATCH, STEPS, MOST, MOST_OF_FEW, UNREPORTED = 8, 150, 2400, 300, 100
+FEW = [("route", 1), ("route", 8), ("route", 36), ("fact", 36), ("xor", 36), ("fact", 8)]
+BATCH, STEPS, STEPS_OF_FEW, LOOK, UNREPORTED = 8, 2400, 400, 50, 100
 
 
 class Cell(NamedTuple):
@@ -71,59 +73,70 @@ def examples_of(demand: str, N: int, split: str, n: int, seed: int) -> list[Exam
     return found
 
 
-def run(experiment: Experiment, cell: Cell, seeds: tuple[int, int, int], lr: float, steps: int) -> dict[str, Any]:
-    """-> the record of a run on the seeds of (base, data, start): its validation loss, and the share of right answers."""
+def fit(run: Run) -> Curve:
+    """Trains as train.tune does, but ends as soon as all validation answers are right -> validation losses, (step, nats)."""
+    trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
+    optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
+    for step, rows in enumerate(islice(shuffled_batches(run.rows["train"], batch_size, seed), steps)):
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, (steps - step) / steps)
+        optimizer.zero_grad()
+        gradients(run.model, run.adapters, batch_of(rows, run.model.device))
+        optimizer.step()
+        if (step + 1) % look == 0 or step + 1 == steps:
+            loss, hits = evaluate(run.model, run.adapters, run.rows["validation"], 50)
+            curve.append((step + 1, loss))
+            if all(hits) or not math.isfinite(loss):
+                break
+    return curve
 
-    def measure() -> dict[str, Any]:
-        sizes = {"train": 4000 if cell.N > 36 else 1000, "validation": 100, "test": 300}
-        examples = {split: examples_of(*cell[:2], split, experiment.at_most or n, seeds[1]) for split, n in sizes.items()}
-        own = {"n_virtual": cell.size, "lr": lr, "steps": experiment.steps(steps), "batch_size": BATCH}
-        ready = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
-        trained = sum(p.numel() for part in (ready.model, *ready.adapters) for p in part.parameters() if p.requires_grad)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                tune(ready.model, ready.adapters, ready.rows, ready.plan)
-        except Diverged:
-            return {"trained": trained, "loss": math.inf, "exact": 0.0, "test": 0.0}
-        loss, hits = evaluate(ready.model, ready.adapters, ready.rows["validation"], 50)
-        found = {"trained": trained, "loss": loss, "exact": share(hits)}
-        if seeds[0] != UNREPORTED:
-            found["test"] = share(evaluate(ready.model, ready.adapters, ready.rows["test"], 50)[1])
-        return found
 
-    names = dict(zip(("base", "data", "start"), seeds))
-    return experiment.once(cell._asdict() | names | {"lr": lr, "steps": steps}, measure)
+def unfinished(run: dict[str, Any]) -> bool:
+    """-> whether the validation loss still fell by a tenth in the last quarter of a run that does not answer all."""
+    losses = [loss for step, loss in run["curve"] if step >= 0.75 * run["curve"][-1][0]]
+    return run["exact"] < 100 and losses[-1] < 0.9 * losses[0]
 
 
 class Demand:
     """The grid, and what is chosen in it."""
 
     def __init__(self, experiment: Experiment):
-        self.experiment, self.few = experiment, experiment.args.few
-        self.demands = experiment.grid(FEW if self.few else DEMANDS)
-        self.sizes = experiment.grid(SIZES if self.few else SIZES + USUAL)
-        passes = experiment.seeds[:1] if self.few else experiment.seeds
+        few, self.experiment = experiment.args.few, experiment
+        self.demands, self.steps = experiment.grid(FEW if few else DEMANDS), STEPS_OF_FEW if few else STEPS
+        self.sizes, passes = experiment.grid(SIZES if few else SIZES + USUAL), experiment.seeds[:1] if few else experiment.seeds
         bases = range(1 if experiment.args.quick else 3)
         self.seeds = [(b, (b + i) % 3, (b + 2 * i) % 3) for i in passes for b in bases]
 
-    def plan(self, cell: Cell) -> tuple[float, int]:
-        """-> learning rate and steps, chosen on seeds that are not reported."""
-        middle, most = RECIPES[cell.method].lr, MOST_OF_FEW if self.few else MOST
+    def run(self, cell: Cell, seeds: tuple[int, int, int], lr: float) -> dict[str, Any]:
+        """-> the record of a run on the seeds of (base, data, start): its validation losses, and the share of right answers."""
+        experiment = self.experiment
 
-        def tried(power: int, steps: int = STEPS) -> dict[str, Any]:
-            return run(self.experiment, cell, (UNREPORTED,) * 3, float(f"{middle * 3.0**power:.2g}"), steps)
+        def measure() -> dict[str, Any]:
+            sizes = {"train": 4000 if cell.N > 36 else 1000, "validation": 100, "test": 300}
+            examples = {split: examples_of(*cell[:2], split, experiment.at_most or n, seeds[1]) for split, n in sizes.items()}
+            own = {"n_virtual": cell.size, "lr": lr, "steps": experiment.steps(self.steps), "batch_size": BATCH}
+            run = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
+            run = run._replace(plan=run.plan._replace(eval_every=LOOK))
+            trained = sum(p.numel() for part in (run.model, *run.adapters) for p in part.parameters() if p.requires_grad)
+            found = {"trained": trained, "curve": fit(run)}
+            for key, split in (("exact", "validation"), ("test", "test")):
+                found[key] = share(evaluate(run.model, run.adapters, run.rows[split], 50)[1])
+            return found
 
-        if tried(0)["exact"] == 100:
-            return tried(0)["lr"], STEPS
-        power, steps = lowest(lambda power: tried(power)["loss"]), STEPS
-        while steps < most and tried(power, steps)["exact"] < 100:
-            if tried(power, 2 * steps)["loss"] > 0.9 * tried(power, steps)["loss"]:
-                break
-            steps *= 2
-        return tried(power)["lr"], steps
+        names = dict(zip(("base", "data", "start"), seeds))
+        return experiment.once(cell._asdict() | names | {"lr": lr, "most": self.steps}, measure)
+
+    def rate(self, cell: Cell) -> float:
+        """-> the first learning rate with which all is answered right on seeds that are not reported, or that of the lowest loss."""
+        rates = {power: float(f"{RECIPES[cell.method].lr * 3.0**power:.2g}") for power in range(-9, 10)}
+
+        def loss(power: int) -> float:
+            run = self.run(cell, (UNREPORTED,) * 3, rates[power])
+            return 0.0 if run["exact"] == 100 else run["curve"][-1][1]
+
+        return rates[0] if loss(0) == 0 else rates[lowest(loss)]
 
     def runs(self, cell: Cell) -> list[dict[str, Any]]:
-        return [run(self.experiment, cell, seeds, *self.plan(cell)) for seeds in self.seeds]
+        return [self.run(cell, seeds, self.rate(cell)) for seeds in self.seeds]
 
 
 def main(argv: list[str] | None = None) -> None:

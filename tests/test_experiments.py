@@ -35,21 +35,21 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
 
 def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
     """Runs are stored as they end; run again, an experiment measures nothing, and says the same."""
-    done, table = [], common.train.tune
+    done, fit = [], exp1_demand.fit
 
     def counted(*given):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(given)
-        return table(*given)
+        return fit(*given)
 
-    monkeypatch.setattr("exp1_demand.tune", counted)
+    monkeypatch.setattr("exp1_demand.fit", counted)
     with pytest.raises(KeyboardInterrupt):
         experiment("exp1_demand", base, tmp_path)
     assert len(json.loads((tmp_path / "exp1_demand.json").read_text(encoding="utf-8"))["runs"]) == 3
-    monkeypatch.setattr("exp1_demand.tune", table)
+    monkeypatch.setattr("exp1_demand.fit", fit)
     found = experiment("exp1_demand", base, tmp_path)
-    monkeypatch.setattr("exp1_demand.tune", None)
+    monkeypatch.setattr("exp1_demand.fit", None)
     assert experiment("exp1_demand", base, tmp_path) == found
 
 
@@ -57,7 +57,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
 def test_a_key_decides_the_answer(N):
     """Of a rule, each key has one answer in training and test; of routes, half of the keys have each form."""
     answers = {}
-    for split, n in (("train", 3000), ("test", 500)):
+    for split, n in (("train", 9000), ("test", 500)):
         for example in exp1_demand.examples_of("fact", N, split, n, seed=0):
             name, food = example.input.split()[4], example.input.split()[-3]
             area = example.target.split()[-2]
