@@ -5,10 +5,12 @@ import contextlib
 import copy
 import io
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,6 +28,7 @@ from model import Decoder, KVCache, attend, causal_mask  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
 from small_base.process import pick_device, say, start_process  # noqa: E402
 from storage.base import load_base  # noqa: E402
+from storage.checkpoints import Curve  # noqa: E402
 from storage.files import read_json, replace_file  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
@@ -183,6 +186,23 @@ def prepared(
         data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
     every = max(1, steps // looks)
     return Run(model, adapters, rows, train.Plan(steps, lr or recipe.lr, batch_size, seed, every, every))
+
+
+def fit(run: Run) -> tuple[Curve, float]:
+    """Trains as train.tune does, but ends as soon as all validation answers are right -> their losses, and how many are right, in %."""
+    trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
+    optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
+    for step, rows in enumerate(islice(data.shuffled_batches(run.rows["train"], batch_size, seed), steps)):
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, (steps - step) / steps)
+        optimizer.zero_grad()
+        gradients(run.model, run.adapters, data.batch_of(rows, run.model.device))
+        optimizer.step()
+        if (step + 1) % look == 0 or step + 1 == steps:
+            loss, hits = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
+            curve.append((step + 1, loss))
+            if all(hits) or not math.isfinite(loss):
+                break
+    return curve, train.share(hits)
 
 
 class Experiment:

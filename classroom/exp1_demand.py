@@ -16,19 +16,14 @@ each cell on a base, data and a start that are not reported. Three bases, three 
 runs, so that each pair of seeds meets once.
 """
 
-import math
 import random
-from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
-from common import NAMES, RECIPES, Experiment, Run, band, gradients, lowest, prepared, spread
-from torch import nn
+from common import NAMES, RECIPES, Experiment, band, fit, lowest, prepared, spread
 
-from data import Example, batch_of, shuffled_batches
+from data import Example
 from small_base.process import run_command
 from small_base.world import FORMS, VALUES, Record, split_of
-from storage.checkpoints import Curve
 from train import evaluate, share
 
 DEMANDS = [("route", N) for N in (1, 2, 4, 8, 16, 36, 432)] + [("xor", 36)] + [("fact", N) for N in (1, 4, 8, 16, 36, 432)]
@@ -73,23 +68,6 @@ def examples_of(demand: str, N: int, split: str, n: int, seed: int) -> list[Exam
     return found
 
 
-def fit(run: Run) -> Curve:
-    """Trains as train.tune does, but ends as soon as all validation answers are right -> validation losses, (step, nats)."""
-    trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
-    optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
-    for step, rows in enumerate(islice(shuffled_batches(run.rows["train"], batch_size, seed), steps)):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, (steps - step) / steps)
-        optimizer.zero_grad()
-        gradients(run.model, run.adapters, batch_of(rows, run.model.device))
-        optimizer.step()
-        if (step + 1) % look == 0 or step + 1 == steps:
-            loss, hits = evaluate(run.model, run.adapters, run.rows["validation"], 50)
-            curve.append((step + 1, loss))
-            if all(hits) or not math.isfinite(loss):
-                break
-    return curve
-
-
 def unfinished(run: dict[str, Any]) -> bool:
     """-> whether the validation loss still fell by a tenth in the last quarter of a run that does not answer all."""
     losses = [loss for step, loss in run["curve"] if step >= 0.75 * run["curve"][-1][0]]
@@ -117,10 +95,9 @@ class Demand:
             run = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
             run = run._replace(plan=run.plan._replace(eval_every=LOOK))
             trained = sum(p.numel() for part in (run.model, *run.adapters) for p in part.parameters() if p.requires_grad)
-            found = {"trained": trained, "curve": fit(run)}
-            for key, split in (("exact", "validation"), ("test", "test")):
-                found[key] = share(evaluate(run.model, run.adapters, run.rows[split], 50)[1])
-            return found
+            curve, exact = fit(run)
+            test = share(evaluate(run.model, run.adapters, run.rows["test"], 50)[1])
+            return {"trained": trained, "curve": curve, "exact": exact, "test": test}
 
         names = dict(zip(("base", "data", "start"), seeds))
         return experiment.once(cell._asdict() | names | {"lr": lr, "most": self.steps}, measure)

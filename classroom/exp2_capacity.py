@@ -7,21 +7,18 @@ nothing in the base helps, and each costs log2(V) bits. The text is doubled unti
 rates. (Kuratov et al. 2025, arXiv 2502.13063, ask it of a single input vector of large models.)
 """
 
-import contextlib
-import io
 import math
 import random
 from typing import Any
 
 import torch
-from common import NAMES, Experiment
-from torch import nn
+from common import NAMES, Experiment, Run, fit
 
 from data import Row
 from prefix import Prefix
 from small_base.process import run_command
 from soft_prompt import SoftPrompt
-from train import Plan, evaluate, tune
+from train import Plan
 
 KINDS, SIZES = {"soft_prompt": SoftPrompt, "prefix": Prefix}, [("soft_prompt", 1), ("prefix", 1), ("soft_prompt", 8)]
 LENGTHS, RATES, STEPS = (1, 2, 4, 8, 16, 32, 64), {"soft_prompt": (0.03, 0.1, 0.3), "prefix": (0.1, 0.3, 1.0)}, 1000
@@ -35,13 +32,10 @@ def written(experiment: Experiment, method: str, P: int, length: int, seed: int)
     rows = {split: [Row(tokenizer.encode_ordinary("\n"), text)] for split in ("train", "validation")}
 
     def measure(lr: float) -> dict[str, Any]:
-        adapter: nn.Module = KINDS[method].random(model, P, torch.Generator().manual_seed(seed))
-        steps = experiment.steps(STEPS)
-        with contextlib.redirect_stdout(io.StringIO()):
-            tune(model, [adapter], rows, Plan(steps, lr, 1, seed, steps, steps))
-        loss, (exact,) = evaluate(model, [adapter], rows["validation"], 1)
+        adapter = KINDS[method].random(model, P, torch.Generator().manual_seed(seed))
+        curve, exact = fit(Run(model, [adapter], rows, Plan(experiment.steps(STEPS), lr, 1, seed, 50, 50)))
         bits = length * math.log2(tokenizer.eot_token)
-        return {"numbers": adapter.n_stored(), "bits": bits, "loss": loss, "exact": exact}
+        return {"numbers": adapter.n_stored(), "bits": bits, "steps": curve[-1][0], "loss": curve[-1][1], "exact": exact == 100}
 
     settings = {"method": method, "size": P, "length": length, "seed": seed}
     return any(experiment.once(settings | {"lr": lr}, lambda lr=lr: measure(lr))["exact"] for lr in RATES[method])

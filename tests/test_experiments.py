@@ -80,13 +80,13 @@ def test_neither_field_alone_decides_an_xor():
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
-    """exp5 prints «→», which cp1252 does not have: it shows another, and all that was measured is in the file."""
+    """exp4 prints «→», which cp1252 does not have: it shows another, and all that was measured is in the file."""
     console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    command = [sys.executable, str(CLASSROOM / "exp5_forgetting.py"), "--quick", "--base", base, "--device", "cpu"]
+    command = [sys.executable, str(CLASSROOM / "exp4_forgetting.py"), "--quick", "--base", base, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=console, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert b"| table ? sentence |" in done.stdout
-    assert len(json.loads((tmp_path / "out" / "quick" / "exp5_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
+    assert len(json.loads((tmp_path / "out" / "quick" / "exp4_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
 
 
 def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypatch):
@@ -96,16 +96,16 @@ def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypat
     for show in ("markdown", "figure"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="the console is gone"):
             patch.setattr(common, show, broken)
-            experiment("exp4_attention", base, tmp_path / show)
-        assert json.loads((tmp_path / show / "exp4_attention.json").read_text(encoding="utf-8"))["runs"]
+            experiment("exp4_forgetting", base, tmp_path / show)
+        assert json.loads((tmp_path / show / "exp4_forgetting.json").read_text(encoding="utf-8"))["runs"]
 
 
 def test_quick_never_writes_over_what_was_measured(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    importlib.import_module("exp4_attention").main(["--quick", "--base", base, "--device", "cpu"])
-    assert (tmp_path / "out" / "quick" / "exp4_attention.json").exists()
+    importlib.import_module("exp4_forgetting").main(["--quick", "--base", base, "--device", "cpu"])
+    assert (tmp_path / "out" / "quick" / "exp4_forgetting.json").exists()
     with pytest.raises(ValueError, match="--quick measures nothing, and .*results holds what was measured"):
-        experiment("exp4_attention", base, common.RESULTS)
+        experiment("exp4_forgetting", base, common.RESULTS)
 
 
 def test_a_file_of_results_has_a_run_a_line(tmp_path):

@@ -1,6 +1,6 @@
-"""5. What does training for one form do to all the others?
+"""4. What does training for one form do to all the others?
 
-    python classroom/exp5_forgetting.py
+    python classroom/exp4_forgetting.py
 
 Trained for the task sentence, a record as a sentence. Then the loss on every pair of source and form that pretraining documents
 hold: of the frozen base, after full fine-tuning, and with a prefix on and off. A prefix is off when it is not handed in:
