@@ -57,6 +57,10 @@ def attention(model: Decoder, idx: Tensor, past_kv: KVCache | None = None) -> Te
     return torch.stack(weights)
 
 
+def n_trainable(model: nn.Module, adapters: list[nn.Module]) -> int:
+    return sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad)
+
+
 def forward(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Tensor:
     """-> the mean loss over the targets of a batch, by the line that train.tune has."""
     n_targets = int((batch.targets != data.IGNORE).sum())
@@ -164,15 +168,13 @@ class Run(NamedTuple):
     adapters: list[nn.Module]
     rows: dict[str, list[data.Row]]
     plan: train.Plan
-    start: float = 0.0  # validation loss before the first step
-    loss: float = 0.0  # and after the last
+    loss: float = 0.0  # on the validation data, after the last step
     exact: float = 0.0  # percentage of the validation rows that it then answers exactly
 
 
 def prepared(
     base: str | Path, device: torch.device, examples: dict[str, list[data.Example]], method: str, seed: int,
-    n_virtual: int | None = None, init: str = "text", lr: float | None = None, steps: int | None = None, batch_size: int = 16,
-    looks: int = 1,
+    n_virtual: int | None = None, lr: float | None = None, steps: int | None = None, batch_size: int = 16, looks: int = 1,
 ) -> Run:  # fmt: skip
     """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
     recipe, tokenizer = RECIPES[method], load_tokenizer(base)
@@ -181,7 +183,7 @@ def prepared(
     P, steps = n_virtual or recipe.n_virtual, steps or recipe.steps
     if method == "lora":
         add_lora(model, rank=P, seed=seed)
-    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, init, seed=seed)
+    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, "text", seed=seed)
     for split in rows:
         data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
     every = max(1, steps // looks)
@@ -189,7 +191,7 @@ def prepared(
 
 
 def fit(run: Run) -> tuple[Curve, float]:
-    """Trains as train.tune does, but ends as soon as all validation answers are right -> their losses, and how many are right, in %."""
+    """Trains as train.tune does, but ends when all validation answers are right -> validation losses, right answers in percent."""
     trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
     optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
     for step, rows in enumerate(islice(data.shuffled_batches(run.rows["train"], batch_size, seed), steps)):
@@ -209,8 +211,9 @@ class Experiment:
     """The command line of an experiment, its runs, and its report: a JSON file, a table and a figure."""
 
     def __init__(
-        self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None, out: Path = RESULTS
-    ):
+        self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None,
+        out: Path = RESULTS,
+    ):  # fmt: skip
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
         add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
@@ -258,7 +261,7 @@ class Experiment:
         seconds, settings = time.perf_counter() - self.begin, "".join(f", {key} {value}" for key, value in own.items())
         what = f"{task}, {method}{settings}, {len(examples['train'])} examples, seed {seed}"
         say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
-        return run._replace(start=start, loss=loss, exact=train.share(exact))
+        return run._replace(loss=loss, exact=train.share(exact))
 
     def base(self, seed: int) -> Path:
         """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""

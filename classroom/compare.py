@@ -3,11 +3,11 @@
     python classroom/compare.py                                  four embedded tasks, three seeds
     python classroom/compare.py --data mine.jsonl --base gpt2    yours
 
-Every method trains at its own learning rate, chosen on the validation data of seed 0, which is not reported: three rates a factor
-of three apart, and further ones while the outermost is the best by a hundredth. Without --val-data, data of your own have no test
-part beside the validation part, and one and the same serves for both. The last line names the cheapest method that is as good as
-the best. An interrupted comparison goes on where it was. Into --out it writes compare.json (each run: settings, curve, results),
-compare.md (the tables) and, with matplotlib, compare.png (the curves of validation loss).
+Every method trains at its own learning rate, chosen on the validation data of seed 0, which is not reported: three rates a
+factor of three apart, and further ones while the outermost is the best by a hundredth. Without --val-data, data of your own have
+no test part beside the validation part, and one and the same serves for both. The last line names the cheapest method that is as
+good as the best. An interrupted comparison goes on where it was. Into --out it writes compare.json (each run: settings, curve,
+results) and compare.md (the tables).
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, Experiment, Run, band, figure, finish, forward, gradients, kept_for_backward, lowest, markdown, prepared
-from common import spread
+from common import NAMES, Experiment, Run, finish, forward, gradients, kept_for_backward, lowest, markdown, n_trainable
+from common import prepared, spread
 from torch import nn
 
 import train
@@ -69,8 +69,7 @@ def tuned(experiment: Experiment, task: Task, method: str, seed: int, lr: float 
     settings |= {"lr": plan.lr, "steps": plan.steps, "batch_size": plan.batch_size}  # all that decides how it goes
 
     def measure() -> dict[str, Any]:
-        frozen, _ = evaluate(model, [], rows["validation"], plan.batch_size)
-        found = {"frozen": frozen, "trained": sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad)}
+        found = {"trained": n_trainable(model, adapters)}
         if seed:
             found["loss_frozen"], hits = evaluate(model, [], rows["test"], plan.batch_size)
             found |= {"exact_match_frozen": share(hits), "length": statistics.mean(len(row.target) for row in rows["test"])}
@@ -95,17 +94,11 @@ def best_rate(experiment: Experiment, task: Task, method: str) -> float:
     return middle * 3.0 ** lowest(lambda power: tuned(experiment, task, method, 0, middle * 3.0**power)["validation"])
 
 
-def steps_to_gain(record: dict, part: float = 0.9) -> int | None:
-    """-> the first step at which that part of the final gain over the frozen base is there, None without a gain."""
-    gain = record["frozen"] - record["validation"]
-    return next((step for step, loss in record["curve"] if record["frozen"] - loss >= part * gain), None) if gain > 0 else None
-
-
 def verdict(methods: dict[str, list[dict]]) -> str:
     """Each method's runs, the cheapest method first -> the sentence that names the cheapest that is as good as the best.
 
-    What counts is exact match on validation data, or where that is below one half for all, the loss. The noise is how far apart the
-    seeds of one method are, of the best or of the one that is set against it: what is less than this, another seed may turn.
+    What counts is exact match on validation data, or where that is below one half for all, the loss. The noise is how far apart
+    the seeds of one method are, of the best or of the one set against it: what is less than this, another seed may turn.
     """
     exact = max(statistics.mean(run["validation_exact"] for run in runs) for runs in methods.values()) >= 50
     key, sign, unit = ("validation_exact", 1, " % exact match") if exact else ("validation", -1, " nats per token")
@@ -116,7 +109,8 @@ def verdict(methods: dict[str, list[dict]]) -> str:
     name = next(name for name in methods if abs(means[name] - means[best]) <= noise[name])
     said = f"{NAMES[name]}, {methods[name][0]['trained']:,} numbers: {means[name]:.4g}{unit} on validation data"
     if name != best:
-        said += f", where the best, {NAMES[best]}, has {means[best]:.4g}; the seeds of one method are up to {noise[name]:.2g} apart"
+        said += f", where the best, {NAMES[best]}, has {means[best]:.4g}"
+        said += f"; the seeds of one method are up to {noise[name]:.2g} apart"
     elif len(methods[best]) == 1:
         said += "; one seed says nothing about noise: give --seeds 3"
     else:
@@ -150,7 +144,7 @@ def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
         model, adapters, rows, plan, *_ = ready(experiment, task, method, 0)
         batch = batch_of(rows["train"][: plan.batch_size], model.device)
         trained = [p for module in (model, *adapters) for p in module.parameters() if p.requires_grad]
-        n_trained, past_kv = sum(p.numel() for p in trained), stacked_past_kv(adapters, model)
+        n_trained, past_kv = n_trainable(model, adapters), stacked_past_kv(adapters, model)
         n_past = past_kv[0][0].size(2) if past_kv else 0
         source = torch.tensor([rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
@@ -181,8 +175,8 @@ def cost_table(found: dict[str, dict]) -> str:
     for method, c in found.items():
         row = ["–"] * 7
         if c["trained"]:
-            row = [f"{c['trained']:,}", f"{c['share']:.3g} %", f"{c['context']} tokens", size(c["activations"]), size(c["training"])]
-            row += [f"{c['step']:.1f}", f"{c['step'] / found['full']['step']:.2f}"]
+            row = [f"{c['trained']:,}", f"{c['share']:.3g} %", f"{c['context']} tokens"]
+            row += [size(c["activations"]), size(c["training"]), f"{c['step']:.1f}", f"{c['step'] / found['full']['step']:.2f}"]
         cache = f"{c['prefill']:.2f}" if c["context"] else "–"
         rows.append([NAMES[method], *row, cache, f"{c['token']:.2f}, {c['token'] / none:.2f} ×"])
     return markdown(header, rows)
@@ -201,22 +195,12 @@ def quality_table(chosen: dict[str, dict[str, list[dict]]]) -> str:
     rows = []
     for task, methods in chosen.items():
         for method, runs in {"none": next(iter(methods.values())), **methods}.items():
-            end, gains = "_frozen" * (method == "none"), [steps_to_gain(run) for run in runs]
+            end = "_frozen" * (method == "none")
             losses, exact = ([run[key + end] for run in runs] for key in ("loss", "exact_match"))
-            row = [f"{runs[0]['lr']:.2g}", "–" if None in gains else f"{statistics.median(gains):.0f}"]
             answers = [loss * run["length"] for loss, run in zip(losses, runs)]
-            rows.append([task, NAMES[method], *(["–", "–"] if end else row), spread(losses, 3), spread(answers, 3), spread(exact, 1)])
-    header = ["task", "method", "learning rate", "steps to 90 % of the gain", "loss a token", "loss an answer", "exact match %"]
-    return markdown(header, rows)
-
-
-def draw_curves(axes, chosen: dict[str, dict[str, list[dict]]]) -> None:
-    """A panel a task, a colour a method; the band spans the seeds."""
-    for axis, (task, methods) in zip(axes[0], chosen.items()):
-        for method, records in methods.items():
-            steps = [step for step, _ in records[0]["curve"]]
-            band(axis, steps, list(zip(*([max(loss, 1e-5) for _, loss in r["curve"]] for r in records))), NAMES[method])
-        axis.set(title=task, xlabel="step", ylabel="validation loss, nats per token", yscale="log")
+            rate = "–" if end else f"{runs[0]['lr']:.2g}"
+            rows.append([task, NAMES[method], rate, spread(losses, 4), spread(answers, 3), spread(exact, 1)])
+    return markdown(["task", "method", "learning rate", "loss a token", "loss an answer", "exact match %"], rows)
 
 
 def own_flags(add: Callable) -> None:
@@ -249,7 +233,6 @@ def main(argv: list[str] | None = None) -> None:
     text += "\n".join(f"{name}: {sentence}" for name, sentence in verdicts.items())
     replace_file(experiment.out / "compare.md", f"{text}\n".encode())
     say(f"\n{text}")
-    figure(experiment.out / "compare.png", lambda axes: draw_curves(axes, chosen), len(chosen))
 
 
 if __name__ == "__main__":

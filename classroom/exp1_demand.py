@@ -3,23 +3,23 @@
     python classroom/exp1_demand.py            a night; stopped and started again, it goes on where it was
     python classroom/exp1_demand.py --few      an hour: a part of the grid, fewer steps, one run a base
 
-Demands that grow, so that the methods do not tie. The input is a message, which asks a restaurant for its food. The first N names
-are keys, or with 432 the pairs of name and food; a random rule gives each key its own answer:
+Demands that grow, so that the methods do not tie. The input is a message, which asks a restaurant for its food. The first N
+names are keys, or with 432 the pairs of name and food; a random rule gives each key its own answer:
 
     route   which of two replies that the base knows: polite or terse; with one key: select. Guessing gives 50 %
     xor     the same by a bit of the name and a bit of the food: where they differ, terse. Neither says anything alone
     fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
 
-Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps (with
---few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The learning rate is chosen for
-each cell on a base, data and a start that are not reported. Three bases, three seeds of data and three of the start meet in nine
-runs, so that each pair of seeds meets once.
+Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps
+(with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished (*). The learning rate is
+chosen for each cell on a base, data and a start that are not reported. Three bases, three seeds of data and three of the start
+meet in nine runs, so that each pair of seeds meets once.
 """
 
 import random
 from typing import Any, NamedTuple
 
-from common import NAMES, RECIPES, Experiment, band, fit, lowest, prepared, spread
+from common import NAMES, RECIPES, Experiment, band, fit, lowest, n_trainable, prepared, spread
 
 from data import Example
 from small_base.process import run_command
@@ -94,16 +94,15 @@ class Demand:
             own = {"n_virtual": cell.size, "lr": lr, "steps": experiment.steps(self.steps), "batch_size": BATCH}
             run = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
             run = run._replace(plan=run.plan._replace(eval_every=LOOK))
-            trained = sum(p.numel() for part in (run.model, *run.adapters) for p in part.parameters() if p.requires_grad)
             curve, exact = fit(run)
             test = share(evaluate(run.model, run.adapters, run.rows["test"], 50)[1])
-            return {"trained": trained, "curve": curve, "exact": exact, "test": test}
+            return {"trained": n_trainable(run.model, run.adapters), "curve": curve, "exact": exact, "test": test}
 
         names = dict(zip(("base", "data", "start"), seeds))
         return experiment.once(cell._asdict() | names | {"lr": lr, "most": self.steps}, measure)
 
     def rate(self, cell: Cell) -> float:
-        """-> the first learning rate with which all is answered right on seeds that are not reported, or that of the lowest loss."""
+        """-> a learning rate with which all is answered right on seeds that are not reported, or else that of the lowest loss."""
         rates = {power: float(f"{RECIPES[cell.method].lr * 3.0**power:.2g}") for power in range(-9, 10)}
 
         def loss(power: int) -> float:
@@ -125,8 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for method, size in grid.sizes:
         cells = [grid.runs(Cell(*demand, method, size)) for demand in grid.demands]
-        numbers = f"{cells[0][0]['trained']:,}"
-        rows.append([label(method, size), numbers, *(spread([found["test"] for found in runs], 0) for runs in cells)])
+        shown = [spread([run["test"] for run in runs], 0) + "*" * sum(map(unfinished, runs)) for runs in cells]
+        rows.append([label(method, size), f"{cells[0][0]['trained']:,}", *shown])
 
     def draw(axes) -> None:
         for axis, kind in zip(axes[0], ("route", "fact")):

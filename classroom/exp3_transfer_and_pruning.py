@@ -2,9 +2,9 @@
 
     python classroom/exp3_transfer_and_pruning.py
 
-A prefix and a soft prompt of 8, trained for the task chat on one small base, are used on two others, which differ by the seed of
-their pretraining alone. And on their own base their tokens are taken out, one after the other, each time that one whose loss is
-cheapest, with nothing trained again; beside it one that was trained with two from the start.
+A prefix and a soft prompt of 8, trained for the task chat on one small base, are used on two others, which differ by the seed
+of their pretraining alone. And on their own base their tokens are taken out, one after the other, each time that one whose loss
+is cheapest, with nothing trained again; beside it one that was trained with two from the start.
 """
 
 from typing import Any

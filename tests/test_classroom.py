@@ -65,13 +65,6 @@ def test_the_share_of_a_text_is_that_of_its_tokens(model):
     assert_close(share, whole[:, 0, :, 3:, :3].sum(dim=-1).mean(dim=-1))
 
 
-def test_steps_to_a_gain():
-    """The first look at which nine tenths of the way from the frozen base to the end are done."""
-    record = {"frozen": 2.0, "validation": 1.0, "curve": [(0, 2.5), (5, 1.2), (10, 1.05), (15, 1.0)]}
-    assert compare.steps_to_gain(record) == 10
-    assert compare.steps_to_gain(record | {"frozen": 1.0}) is None
-
-
 def runs_of(trained, exact, loss) -> list[dict]:
     return [{"trained": trained, "validation_exact": e, "validation": v} for e, v in zip(exact, loss)]
 

@@ -27,7 +27,7 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
     found = experiment(name, base, tmp_path)
     printed = capsys.readouterr().out
     assert f"python classroom/{name}.py --quick" in found["command"] and found["seeds"] == [0]
-    assert found["question"] in printed and found["runs"] and all("seed" in run for run in found["runs"])
+    assert found["question"] in printed and found["runs"] and all({"seed", "start"} & run.keys() for run in found["runs"])
     for row in found["table"]:
         assert "| " + " | ".join(row.values()) + " |" in printed
     assert (tmp_path / f"{name}.png").exists() == ("no figure" not in printed)
@@ -63,7 +63,8 @@ def test_a_key_decides_the_answer(N):
             area = example.target.split()[-2]
             answers.setdefault((name, food) if N > 36 else name, set()).add(area)
     assert len(answers) == N and all(len(some) == 1 for some in answers.values())
-    routes = {example.input.split()[4]: example.target.split()[0] for example in exp1_demand.examples_of("route", 8, "train", 500, 0)}
+    examples = exp1_demand.examples_of("route", 8, "train", 500, 0)
+    routes = {example.input.split()[4]: example.target.split()[0] for example in examples}
     assert sorted(routes.values()) == 4 * ["Dear"] + 4 * ["Yes"]
 
 
@@ -159,7 +160,7 @@ def test_every_table_of_the_pages_is_a_stored_one():
 def test_every_number_of_the_prose_is_in_a_stored_table():
     """Of what was seen, to the digits shown: a paragraph that begins with «*We saw*», and the verdicts of the README.
 
-    It has to be in the table of the experiment under whose heading it stands; for the README, in any, or in a script's settings.
+    It is in the table of the experiment under whose heading it stands, or in its script; for the README, in any of them.
     """
     said = [(part.split(".png")[0].split("results/")[-1], part) for part in PAGES[1].split("\n## ") if "results/" in part]
     cases = [(name, text) for name, part in said for text in part.split("\n\n") if text.startswith("*We saw")]
