@@ -11,7 +11,7 @@ names are keys, or with 432 the pairs of name and food; a random rule gives each
     fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
 
 Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps
-(with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished (*). The learning rate is
+(with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The learning rate is
 chosen for each cell on a base, data and a start that are not reported. Three bases, three seeds of data and three of the start
 meet in nine runs, so that each pair of seeds meets once.
 """
@@ -126,8 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     for method, size in grid.sizes:
         cells = [grid.runs(Cell(*demand, method, size)) for demand in grid.demands]
         steps = [f"{statistics.median(run['curve'][-1][0] for run in runs):.0f} steps" for runs in cells]
-        exact = [spread([run["test"] for run in runs], 0) + "*" * sum(map(unfinished, runs)) for runs in cells]
-        rows.append([label(method, size), f"{cells[0][0]['trained']:,}", *map(", ".join, zip(exact, steps))])
+        exact = [spread([run["test"] for run in runs], 0) for runs in cells]
+        late = [f", {n} unfinished" * (n > 0) for n in (sum(map(unfinished, runs)) for runs in cells)]
+        rows.append([label(method, size), f"{cells[0][0]['trained']:,}", *(f"{e}, {s}{n}" for e, s, n in zip(exact, steps, late))])
 
     names = [f"{kind} {N}" for kind, N in grid.demands]
 

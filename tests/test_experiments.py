@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+import compare
 import exp1_demand
 import pytest
 
@@ -149,6 +150,17 @@ def test_the_stored_table_is_that_of_the_stored_runs(name, base, tmp_path):
     assert (tmp_path / f"{name}.md").read_bytes() == kept[f"{name}.md"]
     again, before = (json.loads(text) for text in ((tmp_path / f"{name}.json").read_bytes(), kept[f"{name}.json"]))
     assert again["runs"] == before["runs"] and again["table"] == before["table"]
+
+
+def test_the_stored_comparison_shows_its_runs():
+    """Its tables are made of its runs, without those on which the learning rates were chosen."""
+    found, chosen = json.loads((common.RESULTS / "compare.json").read_text(encoding="utf-8")), {}
+    for task in compare.DEFAULT_TASKS:
+        for method in compare.METHODS:
+            runs = [run for run in found["runs"] if (run["task"], run["method"]) == (task, method) and run["seed"] > 0]
+            chosen.setdefault(task, {})[method] = runs
+    for table in (compare.cost_table(found["costs"]), compare.share_table(), compare.quality_table(chosen)):
+        assert table in stored("compare")
 
 
 def test_every_table_of_the_pages_is_a_stored_one():
