@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
             axes[0][0].plot([2] * len(some), [run["trained"] for run in some], "x", label=f"{NAMES[method]}, trained with 2")
         axes[0][0].set(xlabel="virtual tokens left", ylabel="validation loss, nats per token", yscale="log")
 
-    experiment.report(header, rows, draw, 2)
+    header = ["method", "own base: exact match %", "loss", "other bases: exact match %", "loss there", "without it"]
+    header += [*(f"loss with {n} left" for n in left[1:]), "trained with 2"]
+    experiment.report(header, rows, draw, 1)
 
 
 if __name__ == "__main__":
