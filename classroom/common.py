@@ -191,7 +191,7 @@ def prepared(
 
 
 def fit(run: Run) -> tuple[Curve, float]:
-    """Trains as train.tune does, but ends when all validation answers are right -> validation losses, right answers in percent."""
+    """Trains as train.tune does, but ends when all validation answers are right -> validation losses, right ones in percent."""
     trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
     optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
     for step, rows in enumerate(islice(data.shuffled_batches(run.rows["train"], batch_size, seed), steps)):

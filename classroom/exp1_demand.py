@@ -103,7 +103,7 @@ class Demand:
         return experiment.once(cell._asdict() | names | {"lr": lr, "most": self.steps}, measure)
 
     def rate(self, cell: Cell) -> float:
-        """-> a learning rate with which all is answered right on seeds that are not reported, or else that of the lowest loss."""
+        """-> a learning rate that answers all right on seeds that are not reported, or else the one of the lowest loss."""
         rates = {power: float(f"{RECIPES[cell.method].lr * 3.0**power:.2g}") for power in range(-9, 10)}
 
         def loss(power: int) -> float:
@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         steps = [f"{statistics.median(run['curve'][-1][0] for run in runs):.0f} steps" for runs in cells]
         exact = [spread([run["test"] for run in runs], 0) for runs in cells]
         late = [f", {n} unfinished" * (n > 0) for n in (sum(map(unfinished, runs)) for runs in cells)]
-        rows.append([label(method, size), f"{cells[0][0]['trained']:,}", *(f"{e}, {s}{n}" for e, s, n in zip(exact, steps, late))])
+        shown = [f"{right}, {some}{rest}" for right, some, rest in zip(exact, steps, late)]
+        rows.append([label(method, size), f"{cells[0][0]['trained']:,}", *shown])
 
     names = [f"{kind} {N}" for kind, N in grid.demands]
 

@@ -3,8 +3,8 @@
     python classroom/exp2_capacity.py
 
 How long a random text can an adapter make the frozen base write, to the last token? The ids are drawn from the whole
-vocabulary, so nothing in the base helps, and each costs log2(V) bits. The text is doubled until it fails on one of the seeds, at
-three learning rates. (Kuratov et al. 2025, arXiv 2502.13063, ask it of a single input vector of large models.)
+vocabulary, so nothing in the base helps, and each costs log2(V) bits. The text is doubled until it fails on one of the seeds,
+at three learning rates. (Kuratov et al. 2025, arXiv 2502.13063, ask it of a single input vector of large models.)
 """
 
 import math
