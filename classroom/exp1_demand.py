@@ -1,7 +1,7 @@
 """1. What can each method do?
 
     python classroom/exp1_demand.py            a night; stopped and started again, it goes on where it was
-    python classroom/exp1_demand.py --few      half an hour: three demands, fewer steps, one run a base
+    python classroom/exp1_demand.py --few      half an hour: four demands, fewer steps, one run a base
 
 Demands that grow, so that the methods do not tie. The input is a message, which asks a restaurant for its food. The first N
 names are keys, or with 432 the pairs of name and food; a random rule gives each key its own answer:
@@ -32,7 +32,7 @@ DEMANDS = [("route", N) for N in (1, 2, 4, 8, 16, 36, 432)] + [("xor", 36)] + [(
 # About 8,192 numbers each, a prefix of one token, and the whole; then the usual sizes
 SIZES = [("soft_prompt", 64), ("prefix", 1), ("prefix", 8), ("both", 7), ("lora", 4), ("full", 0)]
 USUAL = [("soft_prompt", 20), ("prefix", 4), ("prefix", 16), ("prefix", 32), ("both", 4)]
-FEW = [("route", 1), ("route", 8), ("route", 36)]
+FEW = [("route", 1), ("route", 8), ("route", 36), ("fact", 8)]
 BATCH, STEPS, STEPS_OF_FEW, LOOK, UNREPORTED = 8, 2400, 400, 50, 100
 
 
