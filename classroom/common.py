@@ -5,10 +5,12 @@ import contextlib
 import copy
 import io
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,14 +24,17 @@ from torch import Tensor, nn  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from command.process import pick_device, say, start_process  # noqa: E402
-from model import GPT, Decoder, KVCache, attend, causal_mask  # noqa: E402
+from lora import add_lora  # noqa: E402
+from model import Decoder, KVCache, attend, causal_mask  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
 from storage.base import load_base  # noqa: E402
-from storage.files import replace_file  # noqa: E402
+from storage.checkpoints import Curve  # noqa: E402
+from storage.files import read_json, replace_file  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
 NAMES = {"none": "frozen base", "soft_prompt": "soft prompt", "prefix": "prefix", "both": "prefix + soft prompt"}
-NAMES["full"] = "full fine-tuning"
+NAMES |= {"lora": "LoRA", "full": "full fine-tuning"}
+RECIPES = train.RECIPES | {"lora": train.Recipe((), 4, 1e-2, 150)}  # its length is a rank
 RESULTS, QUICK = Path(__file__).parent / "results", Path("out/quick")
 
 
@@ -52,12 +57,8 @@ def attention(model: Decoder, idx: Tensor, past_kv: KVCache | None = None) -> Te
     return torch.stack(weights)
 
 
-@torch.no_grad()
-def moved(model: GPT, n: int) -> GPT:
-    """-> the model with its positions moved: a text with nothing in front is where n virtual tokens would have put it."""
-    model = copy.deepcopy(model)
-    model.wpe.weight.copy_(model.wpe.weight.roll(-n, dims=0))
-    return model
+def n_trainable(model: nn.Module, adapters: list[nn.Module]) -> int:
+    return sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad)
 
 
 def forward(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Tensor:
@@ -167,43 +168,63 @@ class Run(NamedTuple):
     adapters: list[nn.Module]
     rows: dict[str, list[data.Row]]
     plan: train.Plan
-    start: float = 0.0  # validation loss before the first step
-    loss: float = 0.0  # and after the last
+    loss: float = 0.0  # on the validation data, after the last step
     exact: float = 0.0  # percentage of the validation rows that it then answers exactly
 
 
 def prepared(
     base: str | Path, device: torch.device, examples: dict[str, list[data.Example]], method: str, seed: int,
-    n_virtual: int | None = None, init: str = "text", lr: float | None = None, steps: int | None = None, batch_size: int = 16,
-    looks: int = 1,
+    n_virtual: int | None = None, lr: float | None = None, steps: int | None = None, batch_size: int = 16, looks: int = 1,
 ) -> Run:  # fmt: skip
     """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
-    recipe, tokenizer = train.RECIPES[method], load_tokenizer(base)
+    recipe, tokenizer = RECIPES[method], load_tokenizer(base)
     model = load_base(base).to(device).requires_grad_(method == "full")
     rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
     P, steps = n_virtual or recipe.n_virtual, steps or recipe.steps
-    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, init, seed=seed)
+    if method == "lora":
+        add_lora(model, rank=P, seed=seed)
+    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, "text", seed=seed)
     for split in rows:
         data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
     every = max(1, steps // looks)
     return Run(model, adapters, rows, train.Plan(steps, lr or recipe.lr, batch_size, seed, every, every))
 
 
+def fit(run: Run) -> tuple[Curve, float]:
+    """Trains as train.tune does, but ends when all validation answers are right -> validation losses, right ones in percent."""
+    trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
+    optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
+    for step, rows in enumerate(islice(data.shuffled_batches(run.rows["train"], batch_size, seed), steps)):
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, (steps - step) / steps)
+        optimizer.zero_grad()
+        gradients(run.model, run.adapters, data.batch_of(rows, run.model.device))
+        optimizer.step()
+        if (step + 1) % look == 0 or step + 1 == steps:
+            loss, hits = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
+            curve.append((step + 1, loss))
+            if all(hits) or not math.isfinite(loss):
+                break
+    return curve, train.share(hits)
+
+
 class Experiment:
     """The command line of an experiment, its runs, and its report: a JSON file, a table and a figure."""
 
-    def __init__(self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None):
+    def __init__(
+        self, file: str, doc: str, argv: list[str] | None, own_flags: Callable[[Callable], None] | None = None,
+        out: Path = RESULTS,
+    ):  # fmt: skip
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
         add("--base", default=train.DEFAULT_BASE, help=f"Hugging Face directory, or a name (default: {train.DEFAULT_BASE})")
         add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
         add("--quick", action="store_true", help="two steps, one seed, a grid of two: meaningless numbers, shows that it runs")
         add("--seeds", type=int, default=3, help="(default: 3)")
-        add("--out", type=Path, help=f"(default: classroom/results; with --quick {QUICK})")
+        add("--out", type=Path, help=f"(default: {'classroom/results' if out == RESULTS else out}; with --quick {QUICK})")
         if own_flags:
             own_flags(add)
         self.args = parser.parse_args(argv)
-        self.out = self.args.out or (QUICK if self.args.quick else RESULTS)
+        self.out = self.args.out or (QUICK if self.args.quick else out)
         if self.args.seeds < 1:
             raise ValueError(f"--seeds {self.args.seeds}: give 1 or more")
         if self.args.quick and self.out.resolve() == RESULTS.resolve():
@@ -212,7 +233,8 @@ class Experiment:
         self.command = " ".join(["python", f"classroom/{self.name}.py", *(sys.argv[1:] if argv is None else argv)])
         self.seeds = range(1 if self.args.quick else self.args.seeds)
         self.at_most = 10 if self.args.quick else None  # rows of a split
-        self.runs: list[dict[str, Any]] = []  # what was measured, seed by seed
+        self.file = self.out / f"{self.name}.json"
+        self.runs: list[dict[str, Any]] = read_json(self.file)["runs"] if self.file.exists() else []
         start_process()
         self.begin, self.device = time.perf_counter(), pick_device(self.args.device)
         ready(self.args.base, self.device)
@@ -239,7 +261,29 @@ class Experiment:
         seconds, settings = time.perf_counter() - self.begin, "".join(f", {key} {value}" for key, value in own.items())
         what = f"{task}, {method}{settings}, {len(examples['train'])} examples, seed {seed}"
         say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
-        return run._replace(start=start, loss=loss, exact=train.share(exact))
+        return run._replace(loss=loss, exact=train.share(exact))
+
+    def base(self, seed: int) -> Path:
+        """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
+        directory = Path("out/bases", str(seed)) if seed and not self.args.quick else Path(self.args.base)
+        if not (directory / "config.json").exists():
+            recipe = train.RECIPES["pretrain"]
+            pretrain(directory, [], recipe.steps, recipe.lr, batch_size=16, seed=seed, device=self.device)
+        return directory
+
+    def once(self, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """-> the run with these settings: a stored one, or one that is measured now, and stored."""
+        for run in self.runs:
+            if settings.items() <= run.items():
+                return run
+        say(f"{time.perf_counter() - self.begin:5.0f} s  " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+        self.runs.append(settings | measure())
+        self.store()
+        return self.runs[-1]
+
+    def store(self, **found: Any) -> None:
+        head = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
+        write_json(self.file, head | found | {"runs": self.runs})
 
     def measured(self, key: str, **where: Any) -> list[Any]:
         """-> one measured value of those runs that agree with `where`, a value a seed."""
@@ -247,8 +291,7 @@ class Experiment:
 
     def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], *grid: int) -> None:
         """Writes the table and the runs to NAME.json, prints the table, draws NAME.png, a grid of (columns, rows) panels."""
-        found = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
-        found |= {"seconds": round(time.perf_counter() - self.begin), "table": [dict(zip(header, row)) for row in rows]}
-        write_json(self.out / f"{self.name}.json", found | {"runs": self.runs})
+        self.store(table=[dict(zip(header, row)) for row in rows])
         say(f"\n{self.question}\n\n{markdown(header, rows)}")
+        replace_file(self.file.with_suffix(".md"), markdown(header, rows).encode())
         figure(self.out / f"{self.name}.png", draw, *grid)

@@ -3,16 +3,17 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import common
-import exp6_positions
+import compare
+import exp1_demand
 import pytest
-import torch
 
-CLASSROOM = Path(exp6_positions.__file__).parent
+CLASSROOM = Path(common.__file__).parent
 NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
 
 
@@ -27,38 +28,67 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
     found = experiment(name, base, tmp_path)
     printed = capsys.readouterr().out
     assert f"python classroom/{name}.py --quick" in found["command"] and found["seeds"] == [0]
-    assert found["question"] in printed and found["runs"] and all("seed" in run for run in found["runs"])
+    assert found["question"] in printed and found["runs"] and all({"seed", "start"} & run.keys() for run in found["runs"])
     for row in found["table"]:
         assert "| " + " | ".join(row.values()) + " |" in printed
     assert (tmp_path / f"{name}.png").exists() == ("no figure" not in printed)
 
 
-def test_the_identities_hold_to_rounding(base, tmp_path):
-    """In float64; and in the last layer, whose inputs the prefix has changed, they do not: it acts by changing them."""
-    deviations = experiment("exp9_identities", base, tmp_path)["runs"][-1]
-    assert all(deviations[name] < 1e-12 for name in ("text", "cache", "rescaling, first layer", "log n, first layer"))
-    assert deviations["rescaling, last layer"] > 1e-3
+def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
+    """Runs are stored as they end; run again, an experiment measures nothing, and says the same."""
+    done, fit = [], exp1_demand.fit
+
+    def counted(*given):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(given)
+        return fit(*given)
+
+    monkeypatch.setattr("exp1_demand.fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        experiment("exp1_demand", base, tmp_path)
+    assert len(json.loads((tmp_path / "exp1_demand.json").read_text(encoding="utf-8"))["runs"]) == 3
+    monkeypatch.setattr("exp1_demand.fit", fit)
+    found = experiment("exp1_demand", base, tmp_path)
+    monkeypatch.setattr("exp1_demand.fit", None)
+    assert experiment("exp1_demand", base, tmp_path) == found
 
 
-def test_the_two_bases_of_experiment_6_differ_in_positions_alone():
-    """The same documents from the same generator, whole, with the end of text around them; one kind begins at 0."""
-    stream, end = torch.tensor([9, 1, 2, 3, 9, 4, 5, 9, *range(1, 8), 9]), 9
-    start, anywhere = (windows(stream, 50, 6, torch.Generator().manual_seed(0)) for windows in exp6_positions.BASES.values())
-    documents = {tuple(row) for row in start.tolist()}
-    assert documents == {(1, 2, 3, 9, 9, 9), (4, 5, 9, 9, 9, 9), (1, 2, 3, 4, 5, 6)}
-    for row, moved in zip(start.tolist(), anywhere.tolist()):
-        assert [i for i in row if i != end] == [i for i in moved if i != end]
-    assert {row.index(4) for row in anywhere.tolist() if 4 in row and 1 not in row} == {0, 1, 2, 3}  # its end stays visible
+@pytest.mark.parametrize("N", [1, 8, 36, 432])
+def test_a_key_decides_the_answer(N):
+    """Of a rule, each key has one answer in training and test; of routes, half of the keys have each form."""
+    answers = {}
+    for split, n in (("train", 9000), ("test", 500)):
+        for example in exp1_demand.examples_of("fact", N, split, n, seed=0):
+            name, food = example.input.split()[4], example.input.split()[-3]
+            area = example.target.split()[-2]
+            answers.setdefault((name, food) if N > 36 else name, set()).add(area)
+    assert len(answers) == N and all(len(some) == 1 for some in answers.values())
+    examples = exp1_demand.examples_of("route", 8, "train", 500, 0)
+    routes = {example.input.split()[4]: example.target.split()[0] for example in examples}
+    assert sorted(routes.values()) == 4 * ["Dear"] + 4 * ["Yes"]
+
+
+def test_neither_field_alone_decides_an_xor():
+    """Each name, and each food, has as many polite as terse answers; the two together have one."""
+    seen = {}
+    for example in exp1_demand.examples_of("xor", 36, "train", 20000, seed=0):
+        words = example.input.split()
+        for key in (words[4], words[-3], (words[4], words[-3])):
+            seen.setdefault(key, []).append(example.target.startswith("Yes"))
+    for key, bits in seen.items():
+        mean = sum(bits) / len(bits)
+        assert mean in (0, 1) if isinstance(key, tuple) else 0.4 < mean < 0.6
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
-    """exp8 prints «→», which cp1252 does not have: it shows another, and all that was measured is in the file."""
+    """exp4 prints «→», which cp1252 does not have: it shows another, and all that was measured is in the file."""
     console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    command = [sys.executable, str(CLASSROOM / "exp8_forgetting.py"), "--quick", "--base", base, "--device", "cpu"]
+    command = [sys.executable, str(CLASSROOM / "exp4_forgetting.py"), "--quick", "--base", base, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=console, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert b"| table ? sentence |" in done.stdout
-    assert len(json.loads((tmp_path / "out" / "quick" / "exp8_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
+    assert len(json.loads((tmp_path / "out" / "quick" / "exp4_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
 
 
 def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypatch):
@@ -68,16 +98,16 @@ def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypat
     for show in ("markdown", "figure"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="the console is gone"):
             patch.setattr(common, show, broken)
-            experiment("exp9_identities", base, tmp_path / show)
-        assert json.loads((tmp_path / show / "exp9_identities.json").read_text(encoding="utf-8"))["runs"]
+            experiment("exp4_forgetting", base, tmp_path / show)
+        assert json.loads((tmp_path / show / "exp4_forgetting.json").read_text(encoding="utf-8"))["runs"]
 
 
 def test_quick_never_writes_over_what_was_measured(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    importlib.import_module("exp9_identities").main(["--quick", "--base", base, "--device", "cpu"])
-    assert (tmp_path / "out" / "quick" / "exp9_identities.json").exists()
+    importlib.import_module("exp4_forgetting").main(["--quick", "--base", base, "--device", "cpu"])
+    assert (tmp_path / "out" / "quick" / "exp4_forgetting.json").exists()
     with pytest.raises(ValueError, match="--quick measures nothing, and .*results holds what was measured"):
-        experiment("exp9_identities", base, common.RESULTS)
+        experiment("exp4_forgetting", base, common.RESULTS)
 
 
 def test_a_file_of_results_has_a_run_a_line(tmp_path):
@@ -91,10 +121,75 @@ def test_a_file_of_results_has_a_run_a_line(tmp_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes().replace(b"\r\n", b"\n")
 
 
-@pytest.mark.parametrize("name", NAMES)
+# -------------------------------------------------------------------------------- what the pages say is what was measured
+
+
+def page(path: Path) -> str:
+    """The classroom's README, and of the project's the section that reports results."""
+    text = path.read_text(encoding="utf-8")
+    start = "## Which one for your task?"
+    return text.split(start)[1].split("\n## ")[0] if start in text else text
+
+
+PAGES = [page(CLASSROOM.parent / "README.md"), page(CLASSROOM / "README.md")]
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?![\w]|[.,]\d)")
+
+
+def stored(name: str) -> str:
+    return (common.RESULTS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (common.RESULTS / f"{name}.json").exists()])
+def test_the_stored_table_is_that_of_the_stored_runs(name, base, tmp_path):
+    """Run on a copy of its runs, the script measures nothing, and writes the same table: so no number in it was typed."""
+    kept = {path.name: path.read_bytes() for path in common.RESULTS.glob(f"{name}.*")}
+    command = json.loads(kept[f"{name}.json"])["command"].split()
+    (tmp_path / f"{name}.json").write_bytes(kept[f"{name}.json"])
+    importlib.import_module(name).main([*command[2:], "--base", base, "--device", "cpu", "--out", str(tmp_path)])
+    assert (tmp_path / f"{name}.md").read_bytes() == kept[f"{name}.md"]
+    again, before = (json.loads(text) for text in ((tmp_path / f"{name}.json").read_bytes(), kept[f"{name}.json"]))
+    assert again["runs"] == before["runs"] and again["table"] == before["table"]
+
+
+def test_the_stored_comparison_shows_its_runs():
+    """Its tables are made of its runs, without those on which the learning rates were chosen."""
+    found, chosen = json.loads((common.RESULTS / "compare.json").read_text(encoding="utf-8")), {}
+    for task in compare.DEFAULT_TASKS:
+        for method in compare.METHODS:
+            runs = [run for run in found["runs"] if (run["task"], run["method"]) == (task, method) and run["seed"] > 0]
+            chosen.setdefault(task, {})[method] = runs
+    for table in (compare.cost_table(found["costs"]), compare.share_table(), compare.quality_table(chosen)):
+        assert table in stored("compare")
+
+
+def test_every_table_of_the_pages_is_a_stored_one():
+    results = "\n".join(path.read_text(encoding="utf-8") for path in common.RESULTS.glob("*.md"))
+    for table in (table for text in PAGES for table in TABLE.findall(text)):
+        assert table in results, table
+
+
+def test_every_number_of_the_prose_is_in_a_stored_table():
+    """Of what was seen, to the digits shown: a paragraph that begins with «*We saw*», and the verdicts of the README.
+
+    It is in the table of the experiment under whose heading it stands, or in its script; for the README, in any of them.
+    """
+    said = [(part.split(".png")[0].split("results/")[-1], part) for part in PAGES[1].split("\n## ") if "results/" in part]
+    cases = [(name, text) for name, part in said for text in part.split("\n\n") if text.startswith("*We saw")]
+    everything = "\n".join(path.read_text(encoding="utf-8") for path in common.RESULTS.glob("*.md"))
+    cases += [(None, text) for text in PAGES[0].split("\n- ")[1:]]
+    assert len(cases) > 5
+    for name, text in cases:
+        scripts = [name] if name else [*NAMES, "compare"]
+        known = stored(name) if name else everything
+        known += "".join((CLASSROOM / f"{script}.py").read_text(encoding="utf-8") for script in scripts)
+        numbers = set(NUMBER.findall(re.sub(r"^\*[^*]+\*", "", text)))  # the claim itself, in italics, is not ours
+        assert not (missing := numbers - set(NUMBER.findall(known))), f"{name}: {missing} in {text}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (common.RESULTS / f"{name}.json").exists()])
 def test_the_readme_shows_each_experiment(name):
-    """Its question and its figure; and the full results lie beside, of three seeds."""
-    readme = (CLASSROOM / "README.md").read_text(encoding="utf-8")
-    found = json.loads((CLASSROOM / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    assert f"## {found['question']}\n\n![](results/{name}.png)" in readme and (CLASSROOM / "results" / f"{name}.png").exists()
-    assert found["command"] == f"python classroom/{name}.py" and found["seeds"] == [0, 1, 2]
+    """Its question and its figure; and the full results lie beside."""
+    found = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert f"## {found['question']}\n\n![](results/{name}.png)" in PAGES[1] and (common.RESULTS / f"{name}.png").exists()
+    assert found["command"].startswith(f"python classroom/{name}.py")

@@ -1,6 +1,6 @@
-"""8. What does training for one form do to all the others?
+"""4. What does training for one form do to all the others?
 
-    python classroom/exp8_forgetting.py
+    python classroom/exp4_forgetting.py
 
 Trained for the task sentence, a record as a sentence. Then the loss on every pair of source and form that pretraining documents
 hold: of the frozen base, after full fine-tuning, and with a prefix on and off. A prefix is off when it is not handed in:
@@ -9,8 +9,9 @@ there is nothing to undo.
 
 import random
 import statistics
+from functools import cache
 
-from common import Experiment, spread
+from common import Experiment, Run, spread
 
 from command.process import run_command
 from data import encode
@@ -24,18 +25,27 @@ def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
     pairs = [Task("elicited", source, form) for source, forms in DOCUMENTS.items() for form in forms]
     names = [f"{pair.source} → {pair.target}" for pair in pairs]
-    for seed in experiment.seeds:
-        tokenizer, model = experiment.load()
-        prefix, full = (experiment.tuned("sentence", method, seed) for method in ("prefix", "full"))
-        rng = random.Random(seed)
+    tokenizer, frozen = experiment.load()
+
+    @cache
+    def tuned(method: str, seed: int) -> Run:
+        return experiment.tuned("sentence", method, seed)
+
+    def measure(pair: Task, seed: int) -> dict[str, float]:
+        rng, full, prefix = random.Random(seed), tuned("full", seed), tuned("prefix", seed)
         records = [random_record(rng, "validation") for _ in range(200)]
+        examples = encode(tokenizer, [task_example(pair, record) for record in records])[: experiment.at_most]
+        states = [(frozen, []), (full.model, []), (prefix.model, prefix.adapters), (prefix.model, [])]
+        return dict(zip(STATES, (evaluate(*state, examples, 50)[0] for state in states)))
+
+    for seed in experiment.seeds:
         for pair, name in zip(pairs, names):
-            examples = encode(tokenizer, [task_example(pair, record) for record in records])[: experiment.at_most]
-            states = [(model, []), (full.model, []), (prefix.model, prefix.adapters), (prefix.model, [])]
-            losses = [evaluate(*state, examples, 50)[0] for state in states]
-            experiment.runs.append({"pair": name, "seed": seed, **dict(zip(STATES, losses))})
+            experiment.once({"pair": name, "seed": seed}, lambda pair=pair, seed=seed: measure(pair, seed))
 
     rows = [[name, *(spread(experiment.measured(state, pair=name), 3) for state in STATES)] for name in names]
+    others = [name for pair, name in zip(pairs, names) if pair.target != "sentence"]
+    by_seed = {state: zip(*(experiment.measured(state, pair=name) for name in others)) for state in STATES}
+    rows.append(["all with another target", *(spread(list(map(statistics.mean, by_seed[state])), 3) for state in STATES)])
 
     def draw(axes) -> None:
         for (state, label), marker in zip(STATES.items(), "os^x"):

@@ -1,0 +1,156 @@
+"""1. What can each method do?
+
+    python classroom/exp1_demand.py            a night; stopped and started again, it goes on where it was
+    python classroom/exp1_demand.py --few      half an hour: four demands, fewer steps, one run a base
+
+Demands that grow, so that the methods do not tie. The input is a message, which asks a restaurant for its food. The first N
+names are keys, or with 432 the pairs of name and food; a random rule gives each key its own answer:
+
+    route   which of two replies that the base knows: polite or terse; with one key: select. Guessing gives 50 %
+    xor     the same by a bit of the name and a bit of the food: where they differ, terse. Neither says anything alone
+    fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
+
+Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps
+(with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The learning rate of a cell
+is chosen on a base, data and a start that are not reported: the default, unless another one's loss is lower by a tenth. Three
+bases, three seeds of data and three of the start meet in nine runs, so that each pair of seeds meets once; of these, --few has
+three.
+"""
+
+import random
+import statistics
+from typing import Any, NamedTuple
+
+from common import NAMES, RECIPES, Experiment, fit, lowest, n_trainable, prepared, spread
+
+from data import Example
+from command.process import run_command
+from small_base.world import FORMS, VALUES, Record, split_of
+from train import evaluate, share
+
+DEMANDS = [("route", N) for N in (1, 2, 4, 8, 16, 36, 432)] + [("xor", 36)] + [("fact", N) for N in (1, 4, 8, 16, 36, 432)]
+# About 8,192 numbers each, a prefix of one token, and the whole; then the usual sizes
+SIZES = [("soft_prompt", 64), ("prefix", 1), ("prefix", 8), ("both", 7), ("lora", 4), ("full", 0)]
+USUAL = [("soft_prompt", 20), ("prefix", 4), ("prefix", 16), ("prefix", 32), ("both", 4)]
+FEW = [("route", 1), ("route", 8), ("route", 36), ("fact", 8)]
+BATCH, STEPS, STEPS_OF_FEW, LOOK, UNREPORTED = 8, 2400, 400, 50, 100
+
+
+class Cell(NamedTuple):
+    """What decides a run, apart from its seeds, its learning rate and its steps."""
+
+    demand: str
+    N: int
+    method: str
+    size: int  # virtual tokens, of each adapter of a stack; of LoRA the rank
+
+
+def label(method: str, size: int) -> str:
+    sizes = {"both": f" of {size} + {size}", "lora": f" of rank {size}", "full": ""}
+    return NAMES[method] + sizes.get(method, f" of {size}")
+
+
+def examples_of(demand: str, N: int, split: str, n: int, seed: int) -> list[Example]:
+    """-> n examples of a demand; the seed decides its rule and its records."""
+    rng, rule, found = random.Random(f"{split} {seed}"), random.Random(f"rule {seed}"), []
+    bits = rule.sample(range(12), 12)  # of the foods
+    order = rule.sample(range(N), N)
+    while len(found) < n:
+        key = rng.randrange(N)
+        food = key // 36 if N > 36 else rng.randrange(12)
+        record = Record(*map(rng.choice, VALUES))._replace(name=VALUES.name[key % 36], food=VALUES.food[food])
+        if split_of(record) != split:
+            continue
+        if demand == "fact":
+            target = FORMS["polite"](record._replace(area=VALUES.area[order[key] % 8]))
+        else:
+            bit = order[key] + (bits[food] if demand == "xor" else 0)
+            target = FORMS[("polite", "terse")[bit % 2]](record)
+        found.append(Example(FORMS["message"](record), target))
+    return found
+
+
+def unfinished(run: dict[str, Any]) -> bool:
+    """-> whether the validation loss still fell by a tenth in the last quarter of a run that does not answer all."""
+    losses = [loss for step, loss in run["curve"] if step >= 0.75 * run["curve"][-1][0]]
+    return run["exact"] < 100 and losses[-1] < 0.9 * losses[0]
+
+
+class Demand:
+    """The grid, and what is chosen in it."""
+
+    def __init__(self, experiment: Experiment):
+        few, self.experiment = experiment.args.few, experiment
+        self.demands, self.steps = experiment.grid(FEW if few else DEMANDS), STEPS_OF_FEW if few else STEPS
+        self.sizes, passes = experiment.grid(SIZES if few else SIZES + USUAL), experiment.seeds[:1] if few else experiment.seeds
+        bases = range(1 if experiment.args.quick else 3)
+        self.seeds = [(b, (b + i) % 3, (b + 2 * i) % 3) for i in passes for b in bases]
+
+    def run(self, cell: Cell, seeds: tuple[int, int, int], lr: float) -> dict[str, Any]:
+        """-> the record of a run on the seeds of (base, data, start): its validation losses, and the share of right answers."""
+        experiment = self.experiment
+
+        def measure() -> dict[str, Any]:
+            sizes = {"train": 4000 if cell.N > 36 else 1000, "validation": 100, "test": 300}
+            examples = {split: examples_of(*cell[:2], split, experiment.at_most or n, seeds[1]) for split, n in sizes.items()}
+            own = {"n_virtual": cell.size, "lr": lr, "steps": experiment.steps(self.steps), "batch_size": BATCH}
+            run = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
+            run = run._replace(plan=run.plan._replace(eval_every=LOOK))
+            curve, exact = fit(run)
+            test = share(evaluate(run.model, run.adapters, run.rows["test"], 50)[1])
+            return {"trained": n_trainable(run.model, run.adapters), "curve": curve, "exact": exact, "test": test}
+
+        names = dict(zip(("base", "data", "start"), seeds))
+        return experiment.once(cell._asdict() | names | {"lr": lr, "most": self.steps}, measure)
+
+    def rate(self, cell: Cell) -> float:
+        """-> the default learning rate, unless on seeds that are not reported another one's loss is lower by a tenth: where all
+        are at chance, the lowest is no choice."""
+        rates = {power: float(f"{RECIPES[cell.method].lr * 3.0**power:.2g}") for power in range(-9, 10)}
+
+        def loss(power: int) -> float:
+            run = self.run(cell, (UNREPORTED,) * 3, rates[power])
+            return 0.0 if run["exact"] == 100 else run["curve"][-1][1]
+
+        best = 0 if loss(0) == 0 else lowest(loss)
+        return rates[best if loss(best) < 0.9 * loss(0) else 0]
+
+    def runs(self, cell: Cell) -> list[dict[str, Any]]:
+        return [self.run(cell, seeds, self.rate(cell)) for seeds in self.seeds]
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment = Experiment(__file__, __doc__, argv, lambda add: add("--few", action="store_true", help="a part of the grid"))
+    grid = Demand(experiment)
+    for demand in grid.demands:
+        for method, size in grid.sizes:
+            grid.runs(Cell(*demand, method, size))
+    rows = []
+    for method, size in grid.sizes:
+        cells = [grid.runs(Cell(*demand, method, size)) for demand in grid.demands]
+        steps = [f"{statistics.median(run['curve'][-1][0] for run in runs):.0f} steps" for runs in cells]
+        exact = [spread([run["test"] for run in runs], 0) for runs in cells]
+        late = [f", {n} unfinished" * (n > 0) for n in (sum(map(unfinished, runs)) for runs in cells)]
+        shown = [f"{right}, {some}{rest}" for right, some, rest in zip(exact, steps, late)]
+        rows.append([label(method, size), f"{cells[0][0]['trained']:,}", *shown])
+
+    names = [f"{kind} {N}" for kind, N in grid.demands]
+
+    def draw(axes) -> None:
+        left, right = axes[0]
+        for i, (method, size) in enumerate(grid.sizes):
+            xs = [x + 0.06 * i for x in range(len(names))]  # side by side, so that equal points show
+            for axis, value in ((left, lambda run: run["test"]), (right, lambda run: run["curve"][-1][0])):
+                columns = [list(map(value, grid.runs(Cell(*demand, method, size)))) for demand in grid.demands]
+                (line,) = axis.plot(xs, list(map(statistics.mean, columns)), label=label(method, size))
+                axis.plot(xs, columns, ".", color=line.get_color())
+                axis.set_xticks(range(len(names)), names)
+        left.set(ylabel="exact match on test data, %", ylim=(0, 104))
+        right.set(ylabel=f"steps until all is right, at most {grid.steps:,}")
+        left.legend(fontsize=7, loc="lower left")
+
+    experiment.report(["method", "numbers", *names], rows, draw, 2)
+
+
+if __name__ == "__main__":
+    run_command(main)
