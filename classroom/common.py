@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import math

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import regex
@@ -69,14 +69,14 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
 
 def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """(N,) ids -> (n, length) windows of them that start anywhere, so that the base meets every text at every position:
-    virtual tokens will shift the text. What it costs to leave this out: classroom/exp6_positions.py."""
+    virtual tokens will shift the text."""
     starts = torch.randint(len(stream) - length + 1, (n, 1), generator=generator)
     return stream[starts + torch.arange(length)]
 
 
 def pretrain(
     out: Path, texts: list[str], steps: int, lr: float, batch_size: int, seed: int, device: torch.device,
-    sizes: Sequence[int] = (), windows: Callable = windows_anywhere,
+    sizes: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Makes a base from texts, or from the restaurant world where there are none, and saves it with its tokenizer to `out`.
 
@@ -105,7 +105,7 @@ def pretrain(
     if len(stream) < 10 * length:
         raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * length} to learn from")
     generator = torch.Generator().manual_seed(seed)
-    loss = fit(model, (windows(stream, batch_size, length, generator).to(device) for _ in range(steps)), steps, lr)
+    loss = fit(model, (windows_anywhere(stream, batch_size, length, generator).to(device) for _ in range(steps)), steps, lr)
     if (out / "config.json").exists():
         return say(f"{out} was made by another process meanwhile, and stays")
     write_json(out / TRAINING, training | {"loss": loss})

@@ -15,7 +15,6 @@ from torch.testing import assert_close
 import train
 from data import Row
 from prefix import Prefix
-from soft_prompt import SoftPrompt
 
 
 @pytest.fixture

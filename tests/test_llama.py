@@ -5,8 +5,6 @@ transformers takes norms and rotations in float32 whatever the dtype, so float64
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLOCK, C, H, L, V, random_ids
+from conftest import BLOCK, C, L, V, random_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
