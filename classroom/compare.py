@@ -6,7 +6,7 @@
 Every method trains at its own learning rate, chosen on the validation data of seed 0, which is not reported: three rates a
 factor of three apart, and further ones while the outermost is the best by a hundredth. Without --val-data, data of your own
 have no test part beside the validation part: one and the same serves for both. The last line names the cheapest method that is
-as good as the best. An interrupted comparison goes on where it was. Into --out it writes compare.json (each run: settings, curve,
+as good as the best. Interrupted, it goes on where it was. Into --out it writes compare.json (of each run settings, curve,
 results) and compare.md (the tables).
 """
 

@@ -16,12 +16,11 @@ import io
 import platform
 import random
 import statistics
-import time
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, Experiment, band, figure, forward, kept_for_backward, lowest, markdown, spread, write_json
+from common import NAMES, Experiment, band, figure, forward, kept_for_backward, lowest, markdown, n_trainable, spread
 from compare import interleaved, size as size_of, step
 from lora import add_lora
 from torch import nn
@@ -33,7 +32,6 @@ from prefix import Prefix
 from command.process import run_command, say
 from soft_prompt import SoftPrompt
 from storage.base import fingerprint, load_base
-from storage.files import read_json
 
 try:
     import sacrebleu
@@ -113,28 +111,8 @@ class E2E:
         for part, most in (("train", None), ("validation", 4), ("test", 1)):  # a loss needs less than all sentences of a record
             pairs = [(record, text) for record, texts in self.references[part].items() for text in texts[:most]]
             self.rows[part] = encode(self.tokenizer, [Example(*pair) for pair in pairs][: experiment.at_most])
-        self.n_base, self.file = sum(p.numel() for p in base.parameters()), experiment.out / "e2e.json"
+        self.n_base = sum(p.numel() for p in base.parameters())
         self.seen = hashlib.sha256(repr((fingerprint(base), sorted(pool), sorted(test))).encode()).hexdigest()[:16]
-        self.found, self.signatures = self.stored(), {}
-
-    def stored(self) -> dict[str, Any]:
-        """-> what e2e.json has. Several processes, each with other --parts, may fill it at once."""
-        found = read_json(self.file) if self.file.exists() else {"base_and_data": self.seen, "runs": []}
-        if found["base_and_data"] != self.seen:
-            raise ValueError(f"{self.file} has results of another base or other data: name another --out")
-        return found
-
-    def store(self, *runs: dict[str, Any], **other: Any) -> None:
-        self.found = self.stored() | other
-        self.found["runs"] += runs
-        write_json(self.file, self.found)
-
-    def known(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """-> the run with these settings; if it is not known, one of another process may be."""
-        for runs in (self.found["runs"], self.stored()["runs"]):
-            for run in runs:
-                if settings.items() <= run.items():
-                    return run
 
     def cells(self, part: str) -> list[Cell]:
         return self.experiment.grid(PARTS.get(part, []))
@@ -163,27 +141,25 @@ class E2E:
 
     def run(self, cell: Cell, seed: int, lr: float) -> dict[str, Any]:
         """-> the record of a run, stored or done now: its loss, and with a reported seed its scores."""
-        steps = self.experiment.steps(cell.steps) if cell.steps else 0
-        settings = cell._asdict() | {"steps": steps, "seed": seed, "lr": lr}
-        if known := self.known(settings):
-            return known
-        say(f"{time.perf_counter() - self.experiment.begin:5.0f} s  {label(cell)}, learning rate {lr:g}, seed {seed}")
-        model, adapters, rows = self.ready(cell, seed)
-        n_trained = sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad and steps)
-        cache = train.stacked_past_kv(adapters, model)
+        plan = train.Plan(self.experiment.steps(cell.steps) if cell.steps else 0, lr, BATCH, seed, cell.steps or 1, 1)
+        settings = cell._asdict() | {"steps": plan.steps, "seed": seed, "lr": lr, "base_and_data": self.seen}
+        return self.experiment.once(settings, partial(self.measure, cell, plan))
+
+    def measure(self, cell: Cell, plan: train.Plan) -> dict[str, Any]:
+        """Trains a cell -> its losses on the validation data before and after, and with a reported seed its scores."""
+        model, adapters, rows = self.ready(cell, plan.seed)
+        record = {"trained": n_trainable(model, adapters) if plan.steps else 0, "context": train.n_past(adapters, model)}
         with contextlib.redirect_stdout(io.StringIO()), low_precision(model):
             try:
-                (_, start), *_, (_, loss) = 2 * train.tune(model, adapters, rows, train.Plan(steps, lr, BATCH, seed, steps or 1, 1))
+                (_, record["start"]), *_, (_, record["loss"]) = 2 * train.tune(model, adapters, rows, plan)
             except train.Diverged:
-                start = loss = float("inf")
-        record = settings | {"trained": n_trained, "context": cache[0][0].size(2) if cache else 0, "start": start, "loss": loss}
-        if seed != UNREPORTED:
+                record |= {"start": float("inf"), "loss": float("inf")}
+        if plan.seed != UNREPORTED:
             model.to(torch.bfloat16)
             record |= self.scores(model, adapters, "validation")
             if cell in PARTS["table"]:
                 record |= {f"test_{key}": value for key, value in self.scores(model, adapters, "test").items()}
                 record["test_loss"], _ = train.evaluate(model, adapters, rows["test"], BATCH)
-        self.store(record, signatures=self.found.get("signatures", {}) | self.signatures)
         return record
 
     def scores(self, model: Decoder, adapters: list[nn.Module], part: str) -> dict[str, float]:
@@ -199,7 +175,7 @@ class E2E:
         found = {}
         for metric in (sacrebleu.BLEU(force=True), sacrebleu.CHRF()):
             found[metric.__class__.__name__.lower()] = metric.corpus_score(texts, columns).score
-            self.signatures[metric.__class__.__name__] = str(metric.get_signature())
+            found["signatures"] = [*found.get("signatures", []), str(metric.get_signature())]
         slots = [slot for record, text in zip(records, texts) for slot in stated(record, text)]
         return found | {"slots": train.share(slots)}
 
@@ -228,7 +204,7 @@ def low_precision(model: Decoder) -> Any:
 
 
 def table(e2e: E2E, part: str) -> str:
-    """-> a part as a table; of the table's own part with its scores on test data, of others on validation data."""
+    """-> a part as a table; that of the part "table" has scores on the test data, others on the validation data."""
     test, rows = "test_" * (part == "table"), []
     length = statistics.mean(len(row.target) for row in e2e.rows["test" if test else "validation"])
     for cell in e2e.cells(part):
@@ -251,24 +227,29 @@ def plateaus(e2e: E2E) -> str:
 
 
 def costs(e2e: E2E) -> str:
-    """-> what a training step of the table's methods takes, measured by turns on one batch, and what is left on disk."""
-    steps, found = {}, {}
-    for cell in [cell for cell in e2e.cells("table") if cell.steps]:
-        model, adapters, rows = e2e.ready(cell, 0)
-        batch = batch_of(rows["train"][:BATCH], model.device)
-        trained = [p for part in (model, *adapters) for p in part.parameters() if p.requires_grad]
+    """-> what a training step of the table's methods takes here, by turns on one batch, and what is left on disk."""
 
-        def one_step(of=(model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))) -> None:
-            with low_precision(of[0]):
-                step(*of)
+    def measure() -> dict[str, Any]:
+        steps, found = {}, {}
+        for cell in [cell for cell in e2e.cells("table") if cell.steps]:
+            model, adapters, rows = e2e.ready(cell, 0)
+            batch = batch_of(rows["train"][:BATCH], model.device)
+            trained = [p for part in (model, *adapters) for p in part.parameters() if p.requires_grad]
 
-        steps[label(cell)], n_trained = one_step, sum(p.numel() for p in trained)
-        with low_precision(model):
-            kept = kept_for_backward(model, partial(forward, model, adapters, batch))
-        found[label(cell)] = {"kept": kept, "disk": 4 * n_trained, "optimizer": 8 * n_trained}
-    for name, ms in interleaved(steps, 5).items():
-        found[name]["ms"] = ms
-    e2e.store(costs={"processor": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"} | found)
+            def one_step(of=(model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))) -> None:
+                with low_precision(of[0]):
+                    step(*of)
+
+            with low_precision(model):
+                kept = kept_for_backward(model, partial(forward, model, adapters, batch))
+            numbers, steps[label(cell)] = sum(p.numel() for p in trained), one_step
+            found[label(cell)] = {"kept": kept, "optimizer": 8 * numbers, "disk": 4 * numbers}
+        for name, ms in interleaved(steps, 5).items():
+            found[name]["ms"] = ms
+        return {"costs": found}
+
+    processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    found = e2e.experiment.once({"processor": processor, "base_and_data": e2e.seen}, measure)["costs"]
     rows = [[name, f"{c['ms']:.0f}", *(size_of(c[key]) for key in ("kept", "optimizer", "disk"))] for name, c in found.items()]
     return markdown(["method", "ms a step", "kept for backward", "optimizer", "on disk"], rows)
 

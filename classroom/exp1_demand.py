@@ -11,7 +11,7 @@ names are keys, or with 432 the pairs of name and food; a random rule gives each
     fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
 
 Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps
-(with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The learning rate of a cell
+(with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The rate of a cell
 is chosen on a base, data and a start that are not reported: the default, unless another one's loss is lower by a tenth. Three
 bases, three seeds of data and three of the start meet in nine runs, so that each pair of seeds meets once; of these, --few has
 three.

@@ -1,6 +1,6 @@
 """LoRA, the reference beside which the experiments set the two methods (Hu et al. 2021, arXiv 2106.09685).
 
-Where a prefix adds a past, LoRA adds to the weights: a matrix W becomes W + (alpha / r) B A, with A of r rows and B of r columns.
+Where a prefix adds a past, LoRA adds to the weights: a matrix W becomes W + (alpha / r) B A; A has r rows, B has r columns.
 """
 
 import torch
@@ -10,7 +10,7 @@ from model import Decoder
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and its update: (…, in) -> (…, out). B starts as zeros, so training starts at the frozen model."""
+    """A frozen linear layer and its update: (…, in) -> (…, out). B starts as zeros: at first nothing is changed."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
