@@ -191,16 +191,17 @@ def prepared(
 
 def fit(run: Run) -> tuple[Curve, float]:
     """Trains as train.tune does, but ends when all validation answers are right -> validation losses, right ones in percent."""
-    trainee, (steps, lr, batch_size, seed, look, _) = nn.ModuleList(run.adapters or [run.model]), run.plan
-    optimizer, curve = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0), []
-    for step, rows in enumerate(islice(data.shuffled_batches(run.rows["train"], batch_size, seed), steps)):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, (steps - step) / steps)
+    trainee, plan, curve = nn.ModuleList(run.adapters or [run.model]), run.plan, []
+    optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
+    batches = islice(data.shuffled_batches(run.rows["train"], plan.batch_size, plan.seed), plan.steps)
+    for step, rows in enumerate(batches, start=1):
+        optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
         gradients(run.model, run.adapters, data.batch_of(rows, run.model.device))
         optimizer.step()
-        if (step + 1) % look == 0 or step + 1 == steps:
+        if step % plan.eval_every == 0 or step == plan.steps:
             loss, hits = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
-            curve.append((step + 1, loss))
+            curve.append((step, loss))
             if all(hits) or not math.isfinite(loss):
                 break
     return curve, train.share(hits)
