@@ -131,26 +131,30 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
 
 
 def figure(path: Path, draw: Callable[[Any], None], columns: int, rows: int = 1) -> None:
-    """Draws into a grid of axes, the first of which gets a legend, and saves it; or says how to get matplotlib."""
+    """Draws into a grid of axes, writes a legend of the first below them, and saves it; or says how to get matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError:
         say(f"no figure: pip install -r {Path(__file__).parent / 'requirements.txt'} for {path}")
         return
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows + 0.8), squeeze=False, layout="constrained")
     draw(axes)
-    first = axes[0][0]
-    if first.get_legend_handles_labels()[1] and not first.get_legend():
-        first.legend()
-    figure.savefig(path, dpi=90)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 1 else 1)
+    figure.savefig(path, dpi=150)  # for a projector
     pyplot.close(figure)
     say(f"figure: {path}")
 
 
+def colour(label: str) -> str:
+    """-> the colour of the method that a label begins with, one and the same in every figure."""
+    method = max((name for name in NAMES.values() if label.startswith(name)), key=len, default=NAMES["none"])
+    return f"C{list(NAMES.values()).index(method)}"
+
+
 def band(axis: Any, xs: list[float], columns: list[list[float]], label: str) -> None:
     """Draws a line through the mean of each column, and a band from its least value to its greatest."""
-    (line,) = axis.plot(xs, [statistics.mean(column) for column in columns], marker=".", label=label)
-    axis.fill_between(xs, list(map(min, columns)), list(map(max, columns)), color=line.get_color(), alpha=0.2)
+    axis.plot(xs, [statistics.mean(column) for column in columns], marker=".", label=label, color=colour(label))
+    axis.fill_between(xs, list(map(min, columns)), list(map(max, columns)), color=colour(label), alpha=0.2)
 
 
 def ready(base: str | Path, device: torch.device) -> None:

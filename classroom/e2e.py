@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, Experiment, band, figure, forward, kept_for_backward, lowest, markdown, n_trainable, spread
+from common import NAMES, Experiment, band, colour, figure, forward, kept_for_backward, lowest, markdown, n_trainable, spread
 from compare import interleaved, size as size_of, step
 from lora import add_lora
 from torch import nn
@@ -265,7 +265,7 @@ def draw(e2e: E2E, part: str, axis: Any) -> None:
         axis.set(xlabel="numbers trained", ylabel="BLEU, test data", xscale="symlog")
         for cell in e2e.cells(part):
             scores = e2e.measured(cell, "test_bleu")
-            axis.plot(e2e.measured(cell, "trained"), scores, ".", label=label(cell))
+            axis.plot(e2e.measured(cell, "trained"), scores, ".", label=label(cell), color=colour(label(cell)))
     elif part == "length":
         axis.set(xlabel="virtual tokens")
         for method in ("soft_prompt", "prefix"):

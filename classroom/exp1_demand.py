@@ -21,7 +21,7 @@ import random
 import statistics
 from typing import Any, NamedTuple
 
-from common import NAMES, RECIPES, Experiment, fit, lowest, n_trainable, prepared, spread
+from common import NAMES, RECIPES, Experiment, colour, fit, lowest, n_trainable, prepared, spread
 
 from data import Example
 from command.process import run_command
@@ -142,12 +142,12 @@ def main(argv: list[str] | None = None) -> None:
             xs = [x + 0.06 * i for x in range(len(names))]  # side by side, so that equal points show
             for axis, value in ((left, lambda run: run["test"]), (right, lambda run: run["curve"][-1][0])):
                 columns = [list(map(value, grid.runs(Cell(*demand, method, size)))) for demand in grid.demands]
-                (line,) = axis.plot(xs, list(map(statistics.mean, columns)), label=label(method, size))
-                axis.plot(xs, columns, ".", color=line.get_color())
+                name, line = label(method, size), "--" if (method, size) == ("prefix", 1) else "-"
+                axis.plot(xs, list(map(statistics.mean, columns)), line, label=name, color=colour(name))
+                axis.plot(xs, columns, ".", color=colour(name))
                 axis.set_xticks(range(len(names)), names)
         left.set(ylabel="exact match on test data, %", ylim=(0, 104))
-        right.set(ylabel=f"steps until all is right, at most {grid.steps:,}")
-        left.legend(fontsize=7, loc="lower left")
+        right.set(ylabel=f"steps until all is right (≤ {grid.steps:,})")
 
     experiment.report(["method", "numbers", *names], rows, draw, 2)
 

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 import torch
-from common import NAMES, Experiment, Run, fit
+from common import NAMES, Experiment, Run, colour, fit
 
 from data import Row
 from prefix import Prefix
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([name, f"{run['numbers']:,}", str(longest), f"{bits:.0f}", f"{bits / run['numbers']:.2g}"])
 
     def draw(axes) -> None:
-        axes[0][0].bar(list(bars), list(bars.values()))
+        axes[0][0].bar(list(bars), list(bars.values()), color=list(map(colour, bars)))
         axes[0][0].set(ylabel="bits a trained number", title="the longest random text written exactly")
 
     experiment.report(["method", "numbers", "tokens, at least", "bits", "bits a number"], rows, draw, 1)

@@ -10,12 +10,12 @@ is cheapest, with nothing trained again; beside it one that was trained with two
 from typing import Any
 
 import torch
-from common import NAMES, Experiment, band, spread
+from common import NAMES, Experiment, band, colour, spread
 from torch import nn
 
+from command.process import run_command
 from data import encode
 from prefix import Prefix
-from command.process import run_command
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
 from train import evaluate, share
@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def draw(axes) -> None:
         for method, some in runs.items():
-            band(axes[0][0], left, list(zip(*(run["pruned"] for run in some))), f"{NAMES[method]}, of 8")
-            axes[0][0].plot([2] * len(some), [run["trained"] for run in some], "x", label=f"{NAMES[method]}, trained with 2")
+            name, trained = NAMES[method], [run["trained"] for run in some]
+            band(axes[0][0], left, list(zip(*(run["pruned"] for run in some))), f"{name}, of 8")
+            axes[0][0].plot([2] * len(some), trained, "x", label=f"{name}, trained with 2", color=colour(name))
         axes[0][0].set(xlabel="virtual tokens left", ylabel="validation loss, nats per token", yscale="log")
 
     header = ["method", "own base: exact match %", "loss", "other bases: exact match %", "loss there", "without it"]

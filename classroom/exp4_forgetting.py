@@ -18,7 +18,7 @@ from data import encode
 from small_base.world import DOCUMENTS, Task, random_record, task_example
 from train import evaluate
 
-STATES = {"frozen": "frozen base", "full": "after full fine-tuning", "on": "prefix on", "off": "prefix off"}
+STATES = {"frozen": "frozen base", "full": "full fine-tuning", "on": "prefix on", "off": "prefix off"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +54,6 @@ def main(argv: list[str] | None = None) -> None:
         axes[0][0].set(xlabel="validation loss, nats per token", xscale="log", title="trained for table → sentence")
         axes[0][0].invert_yaxis()
         axes[0][0].grid(axis="y", alpha=0.3)
-        axes[0][0].legend(fontsize=7)
 
     experiment.report(["source and form", *STATES.values()], rows, draw, 1)
 

@@ -133,7 +133,7 @@ def page(path: Path) -> str:
 
 PAGES = [page(CLASSROOM.parent / "README.md"), page(CLASSROOM / "README.md")]
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
-NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?![\w]|[.,]\d)")
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
 
 
 def stored(name: str) -> str:
