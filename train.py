@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command.adapters import STACK, load_adapters, new_adapters, save, save_as_prefix
+from command.adapters import STACK, load_adapters, new_adapters, save, save_as_prefix, take_best
 from command.flags import DEFAULT_BASE, parse
 from command.process import Progress, barrier, pick_device, prompts, run_command, say, start_process
 from command.process import sum_over_processes, this_process
@@ -171,7 +171,7 @@ def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, chec
 def load_examples(task: str, path: str | None, val_path: str | None, seed: int) -> dict[str, list[Example]]:
     """-> train, validation and test examples, of an embedded task or a user's own.
 
-    Of one's own, the validation examples are the test examples too: nothing is selected on them.
+    Of one's own, the validation examples are the test examples too: whoever selects on them tests elsewhere, by --adapter.
     """
     if path is None:
         sizes = {"train": 1000, "validation": 200, "test": 500}
@@ -214,6 +214,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pretrain(args.out, texts, args.steps, args.lr, args.batch_size, args.seed, device, args.sizes)
         return {"method": "pretrain", "out": str(args.out)}
     training = not args.adapter and args.prompt is None
+    if processes > 1 and (args.patience or not training):
+        raise ValueError("torchrun shares out a training without --patience, and nothing else: run this with python")
     examples = load_examples(args.task, args.data, args.val_data, args.seed) if training else {}
     if args.base == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
         recipe = RECIPES["pretrain"]  # the same for every run
@@ -225,7 +227,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return adapt(args, model, tokenizer, examples)
     adapters = [adapter for directory in args.adapter or [] for adapter in load_adapters(directory, model)]
     if args.export:
-        return save_as_prefix(args.export, stacked_past_kv(adapters, model), model)
+        source = " and ".join(os.path.abspath(directory) for directory in args.adapter)
+        return save_as_prefix(args.export, stacked_past_kv(adapters, model), model, source)
     use = assess if args.prompt is None else complete
     return use(args, model, adapters, tokenizer)
 
@@ -262,7 +265,7 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     if this_process()[0] > 0:  # one is enough for what remains
         return found
     if args.patience:
-        checkpoint.load_best(nn.ModuleList(adapters or [model]))
+        take_best(checkpoint, nn.ModuleList(adapters or [model]), found["curve"])
     save(places, adapters, model, found, checkpoint)
     tuned = evaluate(model, adapters, rows["test"], args.batch_size)
     found |= compared(frozen, tuned)
@@ -335,8 +338,9 @@ def complete(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module]
     sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "generator": generator}
     for batch in prompts(args.prompt):
         sources = [source_ids(tokenizer, prompt) for prompt in batch]
-        completions += (texts := answers(model, adapters, tokenizer, sources, limit=256, **sampling))
-        say("\n".join(texts))
+        for text in answers(model, adapters, tokenizer, sources, limit=256, **sampling):
+            say(text)
+            completions.append(text)
     return {"method": "prompt", "completions": completions}
 
 

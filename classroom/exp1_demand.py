@@ -140,11 +140,12 @@ def main(argv: list[str] | None = None) -> None:
         left, right = axes[0]
         for i, (method, size) in enumerate(grid.sizes):
             xs = [x + 0.06 * i for x in range(len(names))]  # side by side, so that equal points show
-            for axis, value in ((left, lambda run: run["test"]), (right, lambda run: run["curve"][-1][0])):
+            right_answers, steps = (lambda run: run["test"]), (lambda run: run["curve"][-1][0])
+            for axis, middle, value in ((left, statistics.mean, right_answers), (right, statistics.median, steps)):
                 columns = [list(map(value, grid.runs(Cell(*demand, method, size)))) for demand in grid.demands]
                 name, line = label(method, size), "--" if (method, size) == ("prefix", 1) else "-"
-                axis.plot(xs, list(map(statistics.mean, columns)), line, label=name, color=colour(name))
-                axis.plot(xs, columns, ".", color=colour(name))
+                axis.plot(xs, list(map(middle, columns)), line, label=name, color=colour(name))
+                axis.plot(xs, columns, "x" if line == "--" else ".", color=colour(name))
                 axis.set_xticks(range(len(names)), names)
         left.set(ylabel="exact match on test data, %", ylim=(0, 104))
         right.set(ylabel=f"steps until all is right (≤ {grid.steps:,})")

@@ -15,7 +15,7 @@ from prefix import Prefix
 from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
 from storage.base import save_base
-from storage.checkpoints import Checkpoint
+from storage.checkpoints import Checkpoint, Curve
 from storage.files import TRAINING, check_place, read_json, write_json
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer
@@ -61,6 +61,13 @@ def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
     return [kinds[adapter_kind(folder, kinds)].load(folder, model).to(model.device) for folder in folders]
 
 
+def take_best(checkpoint: Checkpoint, trainee: nn.Module, curve: Curve) -> None:
+    """Goes back to the numbers that had the lowest validation loss after the first step."""
+    checkpoint.load_best(trainee)
+    step, loss = min(curve[1:], key=lambda look: look[1])
+    say(f"\nkept     step {step}, which has the lowest validation loss, {loss:.3f}")
+
+
 def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Saves each adapter to its place, or the tuned model; removes the checkpoint, now useless; says how to use it."""
     for place, adapter in zip(places, adapters or [None]):
@@ -70,15 +77,15 @@ def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: d
         else:
             copy_tokenizer(model.name, place)
             save_base(model, place, read_json(base_directory(model.name) / "config.json"))
-    checkpoint.remove()
+    checkpoint.end()
     use = f"--base {model.name} --adapter {found['out']}" if adapters else f"--base {found['out']}"
     if places:
         say(f'saved to {found["out"]}; use it with: python train.py {use} --prompt "…"\n')
 
 
-def save_as_prefix(directory: Path, cache: KVCache, model: Decoder) -> dict[str, Any]:
+def save_as_prefix(directory: Path, cache: KVCache, model: Decoder, source: str) -> dict[str, Any]:
     """Saves whatever has a cache as one prefix, which PEFT loads: for a stack of adapters it has no kind -> what was done."""
-    done = {"method": "export", "task": "what --adapter named", "data": None, "base": model.name, "out": str(directory)}
+    done = {"method": "export", "task": source, "data": None, "base": model.name, "out": str(directory)}
     check_place(directory, done)
     write_json(directory / TRAINING, done)
     Prefix.from_cache(cache).save(directory, model)

@@ -45,7 +45,7 @@ def parse(argv: list[str] | None, description: str, recipes: Mapping[str, Any]) 
     args = table(description, recipes).parse_args(argv)
     check_flags(args)
     recipe = recipes[args.method]
-    args.n_virtual = args.n_virtual or recipe.n_virtual
+    args.n_virtual = args.n_virtual or (recipe.n_virtual if args.init in STARTS else None)
     args.steps = 0 if args.method == "none" else args.steps or recipe.steps
     args.lr = args.lr or recipe.lr
     args.eval_every = args.eval_every or math.ceil(args.steps / 10) or 1
@@ -88,7 +88,7 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
     add("--seed", type=int, default=0, help="of the data, the order, the initialisation and sampling (default: 0)")
     add("--eval-every", metavar="STEPS", type=int, help="between looks at the validation data (default: a tenth of --steps)")
     add("--save-every", metavar="STEPS", type=int, help="between two checkpoints (default: a tenth of --steps)")
-    add("--patience", metavar="LOOKS", type=int, help="end after so many without a new best, and keep that (default: never)")
+    add("--patience", metavar="LOOKS", type=int, help="end after so many without a new best, and save that one (default: never)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (default: that of its file)")
@@ -112,6 +112,10 @@ def check_flags(args: argparse.Namespace) -> None:
     method, init, sampling = args.method, args.init, args.temperature is not None or args.top_k is not None
     for wrong, sentence in [
         (args.export and not args.adapter, "--export saves an --adapter for PEFT: give one"),
+        (args.export and args.prompt is not None, "--export saves, and --prompt completes: give one of them"),
+        (args.adapter and (args.resume or args.patience), "--adapter is used as it is; to train on, use --init"),
+        (args.adapter and args.val_data is not None, "--adapter is evaluated on --data: give that, without --val-data"),
+        (args.prompt is not None and args.predict, "--predict writes what an evaluation answers, and --prompt is none"),
         (args.sizes and method != "pretrain", f"--sizes goes with --method pretrain, not {method}"),
         (
             args.sizes and (min(args.sizes) < 1 or args.sizes[2] % args.sizes[1] > 0),

@@ -72,7 +72,7 @@ def prompts(text: str) -> Iterator[list[str]]:
     if text != "-":
         yield [text]
     elif not sys.stdin.isatty():
-        yield sys.stdin.read().splitlines()
+        yield [line for line in sys.stdin.read().split("\n") if line]
     else:
         say("An input a line; the end of the file (Ctrl-D, on Windows Ctrl-Z and Enter) ends it.")
         for line in sys.stdin:
@@ -84,13 +84,13 @@ class Progress:
     of the steps, and sooner if the last one is five seconds old."""
 
     def __init__(self, step: int, steps: int, validation: float | None = None, beside: Path | None = None):
-        """Steps done before, and in all; the validation loss so far; a file beside which metrics.jsonl gets each step."""
+        """Steps done before, and in all; the validation loss so far; a file beside which metrics.part gets each step."""
         if validation is not None:
             start = f"resuming after step {step}" if step else "before the first step"
             say(f"start    validation loss {validation:.3f}, {start}")
         self.first, self.steps, self.tokens, self.metrics = step, steps, 0, None
         if beside and steps and this_process()[0] == 0:
-            metrics = beside.with_name("metrics.jsonl")
+            metrics = beside.with_name("metrics.part")  # metrics.jsonl when the run has ended well
             metrics.parent.mkdir(parents=True, exist_ok=True)
             before = metrics.read_text().splitlines(keepends=True)[:step] if step and metrics.exists() else []
             self.metrics = open(metrics, "w", buffering=1)  # line by line

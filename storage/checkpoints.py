@@ -52,9 +52,12 @@ class Checkpoint(NamedTuple):
     def load_best(self, trainee: nn.Module) -> None:
         trainee.load_state_dict(read_tensors(self.best))
 
-    def remove(self) -> None:
+    def end(self) -> None:
+        """Removes what only an interrupted run needs, and gives the metrics their name."""
         for file in (self.file, self.best):
             file.unlink(missing_ok=True)
+        if (metrics := self.file.with_name("metrics.part")).exists():
+            metrics.replace(metrics.with_suffix(".jsonl"))
 
     def load(self, trainee: nn.Module, optimizer: optim.Optimizer) -> tuple[int, Curve]:
         """Puts a checkpoint's numbers in place -> its step and curve; 0 and an empty curve where there is none.

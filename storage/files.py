@@ -16,7 +16,7 @@ from torch import Tensor
 
 TRAINING = "training.json"  # who trained what is saved beside it, and how; for people, and for `check_place`
 OURS = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json"]  # of a base
-OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", TRAINING]  # of an adapter
+OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "metrics.jsonl", TRAINING]  # of an adapter
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -64,8 +64,8 @@ def plan(steps, lr=0.1, batch_size=4, seed=0, eval_every=100, save_every=100, pa
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """-> what its files hold, metrics.jsonl left out, which an interrupted run has as well."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "metrics.jsonl")
+    """-> what its files hold, those of metrics left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.stem != "metrics")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -416,6 +416,9 @@ def test_adapters_exported_are_one_prefix(base, tmp_path):
     for got, expected in zip(one.past_kv(model), train.stacked_past_kv(stack, model)):
         assert_close(got, expected, rtol=0, atol=0)
     train.main([*flags, "--export", str(tmp_path / "one")])  # again: it is the same
+    run(base, "--method", "soft_prompt", out=tmp_path / "other")
+    with pytest.raises(ValueError, match="holds export trained for .*/out .* which is not overwritten"):
+        train.main([*flags[:-1], str(tmp_path / "other"), "--export", str(tmp_path / "one")])
     with pytest.raises(ValueError, match="holds both trained for forty .* which is not overwritten"):
         train.main([*flags, "--export", str(tmp_path / "out" / "prefix")])
 
@@ -442,7 +445,7 @@ def test_patience_ends_a_training_and_keeps_the_best(base, tmp_path, monkeypatch
     assert [step for step, _ in curve] == [0, 2, 4, 6, 8, 10] and len(kept) == 10
     checkpoint.load_best(torch.nn.ModuleList([prompt]))
     assert_close(prompt.vectors.data, kept[3], rtol=0, atol=0)
-    checkpoint.remove()
+    checkpoint.end()
     assert [path.name for path in (tmp_path / "patient").iterdir()] == ["metrics.jsonl"]
     assert [step for step, _ in tuned("unlimited", None)[0]] == list(losses)
 
@@ -477,7 +480,11 @@ def test_metrics_are_lines_of_json(base, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(line["loss"] > 0 for line in lines)
     assert [line["validation"] for line in lines[1::2]] == [loss for _, loss in found["curve"][1:]]
     run(base, *flags, out=tmp_path / "whole")
-    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    before = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert before == (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(train.Diverged):  # what belongs to the adapter stays beside it
+        run(base, *flags, "--lr", "1e30", out=tmp_path / "whole")
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == before
 
 
 def test_sizes_of_a_base_that_is_pretrained(tmp_path):
@@ -1260,6 +1267,10 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
         (["--init-text", ""], "--init-text is empty: give a text"),
         (["--adapter", "x"], "x/adapter_config.json does not exist"),
         (["--export", "x"], "--export saves an --adapter for PEFT: give one"),
+        (["--export", "x", "--adapter", "y", "--prompt", "z"], "--export saves, and --prompt completes: give one of them"),
+        (["--adapter", "x", "--resume"], "--adapter is used as it is; to train on, use --init"),
+        (["--adapter", "x", "--val-data", "y"], "--adapter is evaluated on --data"),
+        (["--prompt", "x", "--predict", "y"], "--predict writes what an evaluation answers, and --prompt is none"),
         (["--sizes", "1", "1", "8", "8"], "--sizes goes with --method pretrain, not prefix"),
         (["--method", "pretrain", "--sizes", "1", "0", "8", "8"], r"--sizes \[1, 0, 8, 8\]: give 1 or more of each"),
         (["--patience", "0"], "--patience 0: give 1 to"),
