@@ -68,9 +68,8 @@ def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None
     return past_kv
 
 
-def n_past(adapters: list[nn.Module], model: Decoder) -> int:
-    """-> the positions that the adapters take, of those that the model can see."""
-    past_kv = stacked_past_kv(adapters, model)
+def n_past(past_kv: KVCache | None) -> int:
+    """-> the positions that a cache takes, of those that the model can see."""
     return past_kv[0][0].size(2) if past_kv else 0
 
 
@@ -136,9 +135,11 @@ class Diverged(ValueError):
     """The loss is no number any more."""
 
 
-def check_finite(loss: float, plan: Plan) -> None:
-    if not math.isfinite(loss):
+def finite(losses: dict[str, float], plan: Plan) -> dict[str, float]:
+    """-> the losses. Raises Diverged if one of them is no number."""
+    if not math.isfinite(loss := sum(losses.values())):
         raise Diverged(f"the loss became {loss} with --lr {plan.lr:g}: lower it. What --out held before is untouched")
+    return losses
 
 
 def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None) -> Curve:
@@ -161,8 +162,8 @@ def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, chec
         optimizer.step()
         if step % plan.eval_every == 0 or step == plan.steps:
             curve.append((step, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
-        check_finite(loss.item() + curve[-1][1], plan)
-        progress.show(step, batch.idx.numel(), loss=loss.item(), validation=curve[-1][1])
+        losses = finite({"loss": loss.item(), "validation": curve[-1][1]}, plan)
+        progress.show(step, batch.idx.numel(), **losses)
         if checkpoint and rank == 0:
             checkpoint.keep(trainee, optimizer, step, curve, plan)
     return curve
@@ -190,10 +191,9 @@ def answers(
     Sources of one length share a batch, so that no padding stands between a source and its answer.
     """
     past_kv = stacked_past_kv(adapters, model)
-    n_past = past_kv[0][0].size(2) if past_kv else 0
     texts, end, lengths = [""] * len(sources), tokenizer.eot_token, torch.tensor([len(source) for source in sources])
     for length in lengths.unique().tolist():
-        room = max(1, min(limit, model.config.block_size + 1 - n_past - length))
+        room = max(1, min(limit, model.config.block_size + 1 - n_past(past_kv) - length))
         for chunk in (lengths == length).nonzero()[:, 0].split(32):
             idx = torch.tensor([sources[i] for i in chunk], device=model.device)
             new = model.generate(idx, room, past_kv, stop_token=end, **how)[:, length:]
@@ -229,8 +229,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.export:
         source = " and ".join(os.path.abspath(directory) for directory in args.adapter)
         return save_as_prefix(args.export, stacked_past_kv(adapters, model), model, source)
-    use = assess if args.prompt is None else complete
-    return use(args, model, adapters, tokenizer)
+    if args.prompt is not None:
+        return complete(args, model, adapters, tokenizer)
+    return assess(args, model, adapters, tokenizer)
 
 
 def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
@@ -241,8 +242,9 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     rows = {split: encode(tokenizer, some) for split, some in examples.items()}
     how = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
     adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *how)
+    context, taken = model.config.block_size, n_past(stacked_past_kv(adapters, model))
     for split in rows:
-        check_lengths(examples[split], rows[split], model.config.block_size, n_past(adapters, model))
+        check_lengths(examples[split], rows[split], context, taken)
     settings = settings_of(args, model, adapters, rows)
     names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
     found = settings | names  # becomes training.json
@@ -251,8 +253,7 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
         check_place(place, found)
     if args.predict:
         check_predictions(args.predict)
-    sizes = f"{found['n_base']:,} parameters, context {model.config.block_size}, {found['dtype']} on {model.device}"
-    say(f"base     {model.name}: {sizes}")
+    say(f"base     {model.name}: {found['n_base']:,} parameters, context {context}, {found['dtype']} on {model.device}")
     say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
     numbers = "trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found)
     say(f"method   {args.method}: {numbers}")
@@ -310,7 +311,7 @@ def show(
     sources, limit = [rows[i].source for i in order], 2 * max(len(row.target) for row in rows)
     texts = answers(model, adapters, tokenizer, sources, limit)
     found = {i: {"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(order, texts)}
-    without = answers(model, [], tokenizer, sources[:3], limit) if adapters else []
+    without = answers(model, [], tokenizer, sources[:3], limit) if adapters else []  # a tuned base is frozen no more
     for i, frozen in zip_longest(order[:3], without):
         say("source   {input}\nexpected {target}\ngot      {prediction}".format(**found[i]))
         say("frozen   {}\n".format(frozen.replace("\n", "\n         ")) if adapters else "")
@@ -323,7 +324,7 @@ def assess(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], 
     """Evaluates saved adapters, on all of a file or the test data of a task, and shows answers -> what was measured."""
     examples = read_jsonl(args.data) if args.data else task_examples(args.task, "test", 500, args.seed)
     rows = encode(tokenizer, examples)
-    check_lengths(examples, rows, model.config.block_size, n_past(adapters, model))
+    check_lengths(examples, rows, model.config.block_size, n_past(stacked_past_kv(adapters, model)))
     if args.predict:
         check_predictions(args.predict)
     frozen, tuned = (evaluate(model, some, rows, args.batch_size) for some in ([], adapters))

@@ -101,6 +101,11 @@ def lowest(loss: Callable[[int], float]) -> int:
     return min(losses, key=losses.get)
 
 
+def rate(middle: float, power: int) -> float:
+    """-> the learning rate that lies so many factors of three from the middle, to two digits."""
+    return float(f"{middle * 3.0**power:.2g}")
+
+
 def finish() -> None:
     """Waits for what a GPU still has to do, so that a clock can be read."""
     if torch.cuda.is_available():
@@ -130,14 +135,14 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
-def figure(path: Path, draw: Callable[[Any], None], columns: int, rows: int = 1) -> None:
-    """Draws into a grid of axes, writes a legend of the first below them, and saves it; or says how to get matplotlib."""
+def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
+    """Draws into a row of axes, writes a legend of the first below them, and saves it; or says how to get matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError:
         say(f"no figure: pip install -r {Path(__file__).parent / 'requirements.txt'} for {path}")
         return
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows + 0.8), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(4 * columns, 4), squeeze=False, layout="constrained")
     draw(axes)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 1 else 1)
     figure.savefig(path, dpi=150)  # for a projector
@@ -157,11 +162,11 @@ def band(axis: Any, xs: list[float], columns: list[list[float]], label: str) -> 
     axis.fill_between(xs, list(map(min, columns)), list(map(max, columns)), color=colour(label), alpha=0.2)
 
 
-def ready(base: str | Path, device: torch.device) -> None:
-    """Makes the small base where it is asked for and not there, as train.py does."""
-    if Path(base) == train.DEFAULT_BASE and not (train.DEFAULT_BASE / "config.json").exists():
+def make_small_base(directory: Path, seed: int, device: torch.device) -> None:
+    """Makes a small base where there is none, as train.py does; with another seed, another one."""
+    if not (directory / "config.json").exists():
         recipe = train.RECIPES["pretrain"]
-        pretrain(train.DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
+        pretrain(directory, [], recipe.steps, recipe.lr, batch_size=16, seed=seed, device=device)
 
 
 class Run(NamedTuple):
@@ -241,7 +246,8 @@ class Experiment:
         self.runs: list[dict[str, Any]] = read_json(self.file)["runs"] if self.file.exists() else []
         start_process()
         self.begin, self.device = time.perf_counter(), pick_device(self.args.device)
-        ready(self.args.base, self.device)
+        if Path(self.args.base) == train.DEFAULT_BASE:
+            make_small_base(train.DEFAULT_BASE, 0, self.device)
 
     def grid(self, values: list) -> list:
         return values[:2] if self.args.quick else values
@@ -253,26 +259,23 @@ class Experiment:
         base = base or self.args.base
         return load_tokenizer(base), load_base(base).to(self.device).freeze()
 
-    def tuned(self, task: str, method: str, seed: int, examples: Any = None, base: Any = "", steps: int = 0, **own: Any) -> Run:
-        """-> a run after its training, on 1000 examples of a task if no others are given."""
-        examples = examples or train.load_examples(task, None, None, seed)
-        examples = {split: some[: self.at_most] for split, some in examples.items()}
-        steps = self.steps(steps or train.RECIPES[method].steps)
-        run = prepared(base or self.args.base, self.device, examples, method, seed, steps=steps, **own)
+    def tuned(self, task: str, method: str, seed: int, n_virtual: int | None = None) -> Run:
+        """-> a run after its training, on 1000 examples of a task."""
+        examples = {split: some[: self.at_most] for split, some in train.load_examples(task, None, None, seed).items()}
+        steps = self.steps(train.RECIPES[method].steps)
+        run = prepared(self.args.base, self.device, examples, method, seed, n_virtual, steps=steps)
         with contextlib.redirect_stdout(io.StringIO()):
             (_, start), *_, (_, loss) = train.tune(run.model, run.adapters, run.rows, run.plan)
         _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
-        seconds, settings = time.perf_counter() - self.begin, "".join(f", {key} {value}" for key, value in own.items())
-        what = f"{task}, {method}{settings}, {len(examples['train'])} examples, seed {seed}"
-        say(f"{seconds:4.0f} s  {what}: validation loss {start:.3f} -> {loss:.4f}")
+        what = f"{task}, {method}, seed {seed}: validation loss {start:.3f} -> {loss:.4f}"
+        say(f"{time.perf_counter() - self.begin:4.0f} s  {what}")
         return run._replace(loss=loss, exact=train.share(exact))
 
     def base(self, seed: int) -> Path:
         """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
-        directory = Path("out/bases", str(seed)) if seed and not self.args.quick else Path(self.args.base)
-        if not (directory / "config.json").exists():
-            recipe = train.RECIPES["pretrain"]
-            pretrain(directory, [], recipe.steps, recipe.lr, batch_size=16, seed=seed, device=self.device)
+        if seed == 0 or self.args.quick:
+            return Path(self.args.base)
+        make_small_base(directory := Path("out/bases", str(seed)), seed, self.device)
         return directory
 
     def once(self, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -293,9 +296,9 @@ class Experiment:
         """-> one measured value of those runs that agree with `where`, a value a seed."""
         return [run[key] for run in self.runs if all(run[name] == value for name, value in where.items())]
 
-    def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], *grid: int) -> None:
-        """Writes the table and the runs to NAME.json, prints the table, draws NAME.png, a grid of (columns, rows) panels."""
+    def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int) -> None:
+        """Writes the table and the runs to NAME.json, the table to NAME.md, prints it, draws NAME.png, a row of panels."""
         self.store(table=[dict(zip(header, row)) for row in rows])
         say(f"\n{self.question}\n\n{markdown(header, rows)}")
         replace_file(self.file.with_suffix(".md"), markdown(header, rows).encode())
-        figure(self.out / f"{self.name}.png", draw, *grid)
+        figure(self.out / f"{self.name}.png", draw, columns)

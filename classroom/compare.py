@@ -145,7 +145,7 @@ def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
         batch = batch_of(rows["train"][: plan.batch_size], model.device)
         trained = [p for module in (model, *adapters) for p in module.parameters() if p.requires_grad]
         n_trained, past_kv = n_trainable(model, adapters), stacked_past_kv(adapters, model)
-        n_past = past_kv[0][0].size(2) if past_kv else 0
+        n_past = train.n_past(past_kv)
         source = torch.tensor([rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
         found[method] = {"trained": n_trained, "share": 100 * n_trained / sum(p.numel() for p in model.parameters())}

@@ -20,17 +20,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, Experiment, band, colour, figure, forward, kept_for_backward, lowest, markdown, n_trainable, spread
+from common import NAMES, RECIPES, Experiment, band, colour, figure, forward, kept_for_backward, lowest, markdown
+from common import n_trainable, rate, spread
 from compare import interleaved, size as size_of, step
 from lora import add_lora
 from torch import nn
 
 import train
+from command.process import run_command, say
 from data import Example, Row, batch_of, encode, read_jsonl, source_ids
 from model import Decoder
 from prefix import Prefix
-from command.process import run_command, say
-from soft_prompt import SoftPrompt
 from storage.base import fingerprint, load_base
 
 try:
@@ -38,8 +38,6 @@ try:
 except ImportError:
     sacrebleu = None
 
-NAMES = NAMES | {"lora": "LoRA"}
-KINDS = {"prefix": (Prefix,), "soft_prompt": (SoftPrompt,), "both": (Prefix, SoftPrompt)}
 BEHIND = 20  # tokens of the soft prompt that stands behind a prefix
 TASK_TEXT = "Write a sentence about the restaurant of this name , with its area , food , price and rating ."
 STEPS, FEWER, BATCH, LIMIT, UNREPORTED = 200, 100, 10, 80, 100
@@ -54,7 +52,7 @@ class Cell(NamedTuple):
 
     method: str
     size: int = 0  # virtual tokens; of LoRA the rank; with the last two values of `init` that many examples' tokens
-    init: str = "text"  # or "vocab", "random", "examples", or "other text", as long as those examples would be
+    init: str = "text"  # or "vocab", "random", "examples", or "other text": TASK_TEXT, as long as those examples would be
     examples: int = 0  # to train on; 0: all
     mid_dim: int | None = None
     steps: int = STEPS
@@ -127,15 +125,14 @@ class E2E:
             model.float().requires_grad_(True)
         if cell.method == "lora":
             add_lora(model, n, seed=seed)
-        if cell.init in LONG:
-            ids = [i for row in shuffled[:n] for i in row.source + row.target]
-            if cell.init == "other text":
-                ids = (self.tokenizer.encode_ordinary(__doc__) * len(ids))[: len(ids)]
-            return model, [Prefix.text(model, torch.tensor(ids, device=model.device))], rows
-        how = (cell.init, TASK_TEXT, seed, cell.mid_dim)
+        shown = [i for row in shuffled[:n] for i in row.source + row.target]
+        if cell.init == "examples":
+            return model, [Prefix.text(model, torch.tensor(shown, device=model.device))], rows
+        n, init = (len(shown), "text") if cell.init == "other text" else (n, cell.init)
+        how = (init, TASK_TEXT, seed, cell.mid_dim)
         adapters = [
             train.new_adapters((kind,), model, self.tokenizer, rows["train"], P, *how)[0]
-            for kind, P in zip(KINDS.get(cell.method, ()), (n, BEHIND))
+            for kind, P in zip(RECIPES[cell.method].adapters, (n, BEHIND))
         ]
         return model, adapters, rows
 
@@ -148,7 +145,8 @@ class E2E:
     def measure(self, cell: Cell, plan: train.Plan) -> dict[str, Any]:
         """Trains a cell -> its losses on the validation data before and after, and with a reported seed its scores."""
         model, adapters, rows = self.ready(cell, plan.seed)
-        record = {"trained": n_trainable(model, adapters) if plan.steps else 0, "context": train.n_past(adapters, model)}
+        context = train.n_past(train.stacked_past_kv(adapters, model))
+        record = {"trained": n_trainable(model, adapters) if plan.steps else 0, "context": context}
         with contextlib.redirect_stdout(io.StringIO()), low_precision(model):
             try:
                 (_, record["start"]), *_, (_, record["loss"]) = 2 * train.tune(model, adapters, rows, plan)
@@ -163,17 +161,14 @@ class E2E:
         return record
 
     def scores(self, model: Decoder, adapters: list[nn.Module], part: str) -> dict[str, float]:
-        """-> BLEU and chrF of greedy answers against all references, and the share of slots that they state, in percent.
-
-    E2E comes with spaces between words and stops, here and there (`force` keeps sacrebleu from warning of it).
-    """
+        """-> BLEU and chrF of greedy answers against all references, and the share of slots that they state, in percent."""
         records = list(self.references[part])[: self.experiment.at_most]
         sources = [source_ids(self.tokenizer, record) for record in records]
         texts = [text.strip() for text in train.answers(model, adapters, self.tokenizer, sources, LIMIT)]
         references = [self.references[part][record] for record in records]
         columns = [[some[i] if i < len(some) else None for some in references] for i in range(max(map(len, references)))]
         found = {}
-        for metric in (sacrebleu.BLEU(force=True), sacrebleu.CHRF()):
+        for metric in (sacrebleu.BLEU(force=True), sacrebleu.CHRF()):  # E2E's stops stand apart, and that is no mistake
             found[metric.__class__.__name__.lower()] = metric.corpus_score(texts, columns).score
             found["signatures"] = [*found.get("signatures", []), str(metric.get_signature())]
         slots = [slot for record, text in zip(records, texts) for slot in stated(record, text)]
@@ -187,11 +182,7 @@ class E2E:
         if cell.init in LONG:
             some = Cell(cell.method, 4, cell.init, steps=cell.steps)
         middle = RATES[cell.method] / (30 if cell.mid_dim else 1)
-
-        def rate(power: int) -> float:
-            return float(f"{middle * 3.0**power:.2g}")
-
-        return rate(lowest(lambda power: self.run(some, UNREPORTED, rate(power))["loss"]))
+        return rate(middle, lowest(lambda power: self.run(some, UNREPORTED, rate(middle, power))["loss"]))
 
     def measured(self, cell: Cell, key: str) -> list[float]:
         """-> one measured value of a cell's reported runs, seed by seed."""
@@ -213,7 +204,7 @@ def table(e2e: E2E, part: str) -> str:
         row = [label(cell), f"{trained[0]:,}", f"{100 * trained[0] / e2e.n_base:.3g} %", spread(context, 0)]
         row += [spread(e2e.measured(cell, "start"), 3), spread(losses, 3), spread([loss * length for loss in losses], 1)]
         rows.append(row + [spread(e2e.measured(cell, f"{test}{score}"), 1) for score in ("bleu", "chrf", "slots")])
-    header = ["method", "numbers trained", "share", "context", "loss before", "loss a token", "loss an answer"]
+    header = ["method", "numbers trained", "share", "context", "validation loss before", "loss a token", "loss an answer"]
     return markdown([*header, "BLEU", "chrF", "slots %"], rows)
 
 
@@ -242,7 +233,7 @@ def costs(e2e: E2E) -> str:
 
             with low_precision(model):
                 kept = kept_for_backward(model, partial(forward, model, adapters, batch))
-            numbers, steps[label(cell)] = sum(p.numel() for p in trained), one_step
+            numbers, steps[label(cell)] = n_trainable(model, adapters), one_step
             found[label(cell)] = {"kept": kept, "optimizer": 8 * numbers, "disk": 4 * numbers}
         for name, ms in interleaved(steps, 5).items():
             found[name]["ms"] = ms

@@ -21,10 +21,10 @@ import random
 import statistics
 from typing import Any, NamedTuple
 
-from common import NAMES, RECIPES, Experiment, colour, fit, lowest, n_trainable, prepared, spread
+from common import NAMES, RECIPES, Experiment, colour, fit, lowest, n_trainable, prepared, rate, spread
 
-from data import Example
 from command.process import run_command
+from data import Example
 from small_base.world import FORMS, VALUES, Record, split_of
 from train import evaluate, share
 
@@ -106,14 +106,14 @@ class Demand:
     def rate(self, cell: Cell) -> float:
         """-> the default learning rate, unless on seeds that are not reported another one's loss is lower by a tenth: where all
         are at chance, the lowest is no choice."""
-        rates = {power: float(f"{RECIPES[cell.method].lr * 3.0**power:.2g}") for power in range(-9, 10)}
+        middle = RECIPES[cell.method].lr
 
         def loss(power: int) -> float:
-            run = self.run(cell, (UNREPORTED,) * 3, rates[power])
+            run = self.run(cell, (UNREPORTED,) * 3, rate(middle, power))
             return 0.0 if run["exact"] == 100 else run["curve"][-1][1]
 
         best = 0 if loss(0) == 0 else lowest(loss)
-        return rates[best if loss(best) < 0.9 * loss(0) else 0]
+        return rate(middle, best if loss(best) < 0.9 * loss(0) else 0)
 
     def runs(self, cell: Cell) -> list[dict[str, Any]]:
         return [self.run(cell, seeds, self.rate(cell)) for seeds in self.seeds]

@@ -12,15 +12,13 @@ import random
 from typing import Any
 
 import torch
-from common import NAMES, Experiment, Run, colour, fit
+from common import NAMES, RECIPES, Experiment, Run, colour, fit
 
-from data import Row
-from prefix import Prefix
 from command.process import run_command
-from soft_prompt import SoftPrompt
+from data import Row
 from train import Plan
 
-KINDS, SIZES = {"soft_prompt": SoftPrompt, "prefix": Prefix}, [("soft_prompt", 1), ("prefix", 1), ("soft_prompt", 8)]
+SIZES = [("soft_prompt", 1), ("prefix", 1), ("soft_prompt", 8)]
 LENGTHS, RATES, STEPS = (1, 2, 4, 8, 16, 32, 64), {"soft_prompt": (0.03, 0.1, 0.3), "prefix": (0.1, 0.3, 1.0)}, 1000
 
 
@@ -32,7 +30,8 @@ def written(experiment: Experiment, method: str, P: int, length: int, seed: int)
     rows = {split: [Row(tokenizer.encode_ordinary("\n"), text)] for split in ("train", "validation")}
 
     def measure(lr: float) -> dict[str, Any]:
-        adapter = KINDS[method].random(model, P, torch.Generator().manual_seed(seed))
+        (kind,) = RECIPES[method].adapters
+        adapter = kind.random(model, P, torch.Generator().manual_seed(seed))
         curve, exact = fit(Run(model, [adapter], rows, Plan(experiment.steps(STEPS), lr, 1, seed, 50, 50)))
         bits = length * math.log2(tokenizer.eot_token)
         return {"numbers": adapter.n_stored(), "bits": bits, "steps": curve[-1][0], "loss": curve[-1][1], "exact": exact == 100}

@@ -15,12 +15,10 @@ from torch import nn
 
 from command.process import run_command
 from data import encode
-from prefix import Prefix
 from small_base.world import task_examples
-from soft_prompt import SoftPrompt
 from train import evaluate, share
 
-METHODS, OTHERS, LEFT = {"prefix": Prefix, "soft_prompt": SoftPrompt}, (1, 2), (8, 6, 4, 3, 2, 1)
+METHODS, OTHERS, LEFT = ("prefix", "soft_prompt"), (1, 2), (8, 6, 4, 3, 2, 1)
 
 
 def pruned(model: nn.Module, adapter: nn.Module, rows: list) -> dict[int, float]:

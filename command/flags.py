@@ -73,7 +73,7 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
     add("--base", metavar="DIR", default=DEFAULT_BASE, help=bases)
     add("--corpus", metavar="FILE", nargs="+", default=[], help="pretrain on these texts (default: the restaurant world)")
     sizes = "layers, heads, width and context of what is pretrained (default: 4 4 128 128)"
-    add("--sizes", metavar=("L", "H", "C", "BLOCK"), nargs=4, type=int, help=sizes)
+    add("--sizes", metavar=("L", "H", "C", "BLOCK"), nargs=4, type=int, default=[], help=sizes)
 
     add = parser.add_argument_group("the adapter").add_argument
     add("--n-virtual", metavar="P", type=int, help=f"virtual tokens an adapter ({by_method('n_virtual')})")
@@ -88,7 +88,7 @@ def table(description: str, recipes: Mapping[str, Any]) -> argparse.ArgumentPars
     add("--seed", type=int, default=0, help="of the data, the order, the initialisation and sampling (default: 0)")
     add("--eval-every", metavar="STEPS", type=int, help="between looks at the validation data (default: a tenth of --steps)")
     add("--save-every", metavar="STEPS", type=int, help="between two checkpoints (default: a tenth of --steps)")
-    add("--patience", metavar="LOOKS", type=int, help="end after so many without a new best, and save that one (default: never)")
+    add("--patience", metavar="LOOKS", type=int, help="end after so many without a new best, and save it (default: never)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen base (default: that of its file)")

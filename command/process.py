@@ -88,20 +88,20 @@ class Progress:
         if validation is not None:
             start = f"resuming after step {step}" if step else "before the first step"
             say(f"start    validation loss {validation:.3f}, {start}")
-        self.first, self.steps, self.tokens, self.metrics = step, steps, 0, None
-        if beside and steps and this_process()[0] == 0:
-            metrics = beside.with_name("metrics.part")  # metrics.jsonl when the run has ended well
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            before = metrics.read_text().splitlines(keepends=True)[:step] if step and metrics.exists() else []
-            self.metrics = open(metrics, "w", buffering=1)  # line by line
-            self.metrics.writelines(before)
+        self.first, self.steps, self.tokens = step, steps, 0
+        self.metrics = beside.with_name("metrics.part") if beside and steps and this_process()[0] == 0 else None
+        if self.metrics:  # metrics.jsonl when the run has ended well
+            self.metrics.parent.mkdir(parents=True, exist_ok=True)
+            before = self.metrics.read_text().splitlines(keepends=True)[:step] if step and self.metrics.exists() else []
+            self.metrics.write_text("".join(before))
         self.begin = self.shown = time.perf_counter()
 
     def show(self, step: int, tokens: int, **losses: float) -> None:
         """Notes that `step` steps are done, the last of them on so many tokens."""
         self.tokens += tokens
         if self.metrics:
-            self.metrics.write(json.dumps({"step": step} | losses) + "\n")
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"step": step} | losses) + "\n")
         now, last = time.perf_counter(), step == self.steps
         terminal = sys.stdout is not None and sys.stdout.isatty()
         tenth = not terminal and step % math.ceil(self.steps / 10) == 0

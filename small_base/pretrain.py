@@ -95,8 +95,8 @@ def pretrain(
     tokenizer = build_tokenizer(ranks_of(merges))
     stream = torch.tensor([i for ids in tokenizer.encode_ordinary_batch(texts) for i in (*ids, tokenizer.eot_token)])
     torch.manual_seed(seed)
-    n_layer, n_head, n_embd, block_size = sizes or (4, 4, 128, 128)
-    model = GPT(GPTConfig(tokenizer.n_vocab, block_size, n_layer, n_head, n_embd)).to(device)
+    sizes = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), sizes))  # or those of GPTConfig
+    model = GPT(GPTConfig(tokenizer.n_vocab, **sizes)).to(device)
     # GPT-2's 0.02 leaves the tokens of a kind nearly alike, and what they share drowns what tells them apart: no value is
     # copied. Where they differ from the outset, all kinds are copied in half the steps.
     nn.init.normal_(model.wte.weight, std=0.4)

@@ -15,7 +15,7 @@ from storage.hub import WEIGHTS, base_directory, shards
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights may have; for float8, torch has no sum
 FAMILIES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # what config.json calls them, and people
-PREFIX = re.compile(r"^(transformer|model)\.")  # of a weight's name, which some writers leave out
+TRUNK = re.compile(r"^(transformer|model)\.")  # where a weight's name begins, unless its writer left that out
 
 # Our sizes under the names of config.json; what it says of every model here: of a foreign one, what differs is refused by
 # name; and our weights under the names of model.safetensors.
@@ -43,11 +43,11 @@ def load_base(name_or_dir: str | Path) -> Decoder:
     with torch.device("meta"):
         model = GPT(config) if isinstance(config, GPTConfig) else Llama(config)
     model.name = str(name_or_dir)
-    names, weights = {PREFIX.sub("", their_name(name, model)): name for name in model.state_dict()}, {}
+    names, weights = {TRUNK.sub("", their_name(name, model)): name for name in model.state_dict()}, {}
     for file in shards(directory):
         for key, tensor in read_tensors(saved_file(directory, file)).items():
             if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old
-                name = names.get(PREFIX.sub("", key), key)
+                name = names.get(TRUNK.sub("", key), key)
                 weights[name] = stored(name, tensor)
     tied_head = None if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
     try:

@@ -450,8 +450,29 @@ def test_patience_ends_a_training_and_keeps_the_best(base, tmp_path, monkeypatch
     assert [step for step, _ in tuned("unlimited", None)[0]] == list(losses)
 
 
-def test_the_best_survives_an_interruption(base, tmp_path):
-    """It is a file beside the checkpoint, so that a run resumed after its best ends with the same numbers."""
+def test_the_best_survives_an_interruption(base, tmp_path, monkeypatch):
+    """It is a file beside the checkpoint: stopped after step 5, a run goes back to the numbers of step 3, and not to its last."""
+    model, rows = load_base(base).freeze(), {split: rows_of(base) for split in ("train", "validation")}
+    losses = [1.0, 0.9, 0.8, 0.5, 0.7, 0.6, 0.8]  # at steps 0 to 6
+
+    def tuned(name: str, losses: list[float], resume: bool) -> tuple[Tensor, Tensor]:
+        prompt, looks = SoftPrompt.text(model, torch.arange(3)), iter(losses)
+        monkeypatch.setattr(train, "evaluate", lambda *_: (next(looks), []))
+        checkpoint = Checkpoint(tmp_path / name / CHECKPOINT, {}, resume)
+        train.tune(model, [prompt], rows, plan(6, eval_every=1, save_every=1, patience=5), checkpoint)
+        last = prompt.vectors.detach().clone()
+        checkpoint.load_best(torch.nn.ModuleList([prompt]))
+        return prompt.vectors.data, last
+
+    best, last = tuned("whole", losses, resume=False)
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(Checkpoint, "save", interrupted_at(5, Checkpoint.save)):
+        tuned("halves", losses, resume=False)
+    assert_close(tuned("halves", losses[6:], resume=True), (best, last), rtol=0, atol=0)
+    assert (best != last).any()
+
+
+def test_a_run_with_patience_resumes_and_tidies_up(base, tmp_path):
+    """It ends with the same numbers, and the file of the best is gone."""
     flags = ["--steps", "6", "--eval-every", "1", "--save-every", "1", "--patience", "5", "--lr", "0.5"]
     run(base, *flags, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt), mock.patch.object(Checkpoint, "save", interrupted_at(5, Checkpoint.save)):
@@ -561,7 +582,7 @@ def test_pretraining_rates_rise_stay_and_fall(tmp_path, monkeypatch):
         return SimpleNamespace(param_groups=[group], step=lambda: rates[i].append(group["lr"]))
 
     monkeypatch.setattr(small_base.pretrain, "optimizers_of", lambda *_: [(recorder(0), 1.0), (recorder(1), 2.0)])
-    monkeypatch.setattr(small_base.pretrain, "GPTConfig", lambda V, *_: GPTConfig(V, 8, 1, 1, 4))
+    monkeypatch.setattr(small_base.pretrain, "GPTConfig", lambda V: GPTConfig(V, 8, 1, 1, 4))
     train.pretrain(tmp_path / "base", [], 100, 0.1, batch_size=1, seed=0, device=torch.device("cpu"))
     expected = [(i + 1) / 30 for i in range(30)] + [1] * 41 + [i / 30 for i in range(29, 0, -1)]
     assert rates[0] == pytest.approx(expected) and rates[1] == pytest.approx([2 * rate for rate in expected])
