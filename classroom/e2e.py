@@ -138,6 +138,7 @@ class E2E:
 
     def run(self, cell: Cell, seed: int, lr: float) -> dict[str, Any]:
         """-> the record of a run, stored or done now: its loss, and with a reported seed its scores."""
+        seed = 0 if cell.method == "none" else seed  # nothing in it is drawn
         plan = train.Plan(self.experiment.steps(cell.steps) if cell.steps else 0, lr, BATCH, seed, cell.steps or 1, 1)
         settings = cell._asdict() | {"steps": plan.steps, "seed": seed, "lr": lr, "base_and_data": self.seen}
         return self.experiment.once(settings, partial(self.measure, cell, plan))

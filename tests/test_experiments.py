@@ -11,7 +11,13 @@ from pathlib import Path
 import common
 import compare
 import exp1_demand
+import exp5_distillation
 import pytest
+import torch
+from conftest import random_ids, random_model
+
+from data import Row
+from prefix import Prefix
 
 CLASSROOM = Path(common.__file__).parent
 NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
@@ -79,6 +85,30 @@ def test_neither_field_alone_decides_an_xor():
     for key, bits in seen.items():
         mean = sum(bits) / len(bits)
         assert mean in (0, 1) if isinstance(key, tuple) else 0.4 < mean < 0.6
+
+
+def test_a_divergence_is_that_of_the_textbook():
+    """Over the answers of all rows, Σ p · ln(p / q) with p behind the teacher, and none from the teacher itself."""
+    model = random_model()
+    rows = [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9])]
+    own, taught = (Prefix.text(model, random_ids(5, seed=seed)).past_kv(model) for seed in (0, 1))
+    terms, same = [], []
+    for row in rows:
+        idx, first = torch.tensor([row.source + row.target[:-1]]), len(row.source) - 1
+        q, p = (model(idx, past_kv)[0][0, first:].softmax(dim=-1) for past_kv in (own, taught))
+        terms += (p * (p / q).log()).sum(dim=-1).tolist()
+        same += (p.argmax(dim=-1) == q.argmax(dim=-1)).tolist()
+    divergence, agreed = exp5_distillation.divergence(model, rows, own, taught)
+    assert divergence.item() == pytest.approx(sum(terms) / 5, abs=1e-5) and agreed.item() == pytest.approx(sum(same) / 5)
+    assert [value.item() for value in exp5_distillation.divergence(model, rows, taught, taught)] == [0, 1]
+
+
+def test_a_prefix_is_not_measured_on_what_it_was_taught_on(base, tmp_path):
+    args = ["--base", base, "--device", "cpu", "--out", str(tmp_path)]
+    grid = exp5_distillation.Distillation(common.Experiment(exp5_distillation.__file__, exp5_distillation.__doc__, args))
+    rows, held_out = ({tuple(row.source) for row in some} for some in grid.answered(0))
+    assert len(rows) == 54 and len(held_out) == 18 and not rows & held_out
+    assert grid.answered(1) != grid.answered(0)
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
