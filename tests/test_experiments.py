@@ -12,9 +12,10 @@ import common
 import compare
 import exp1_demand
 import exp5_distillation
+import exp6_outside
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import C, D, H, L, random_ids, random_model
 
 from data import Row
 from prefix import Prefix
@@ -109,6 +110,21 @@ def test_a_prefix_is_not_measured_on_what_it_was_taught_on(base, tmp_path):
     rows, held_out = ({tuple(row.source) for row in some} for some in grid.answered(0))
     assert len(rows) == 54 and len(held_out) == 18 and not rows & held_out
     assert grid.answered(1) != grid.answered(0)
+
+
+def test_outside_the_softmax_the_text_keeps_its_attention():
+    """Matrices of zeros are the base itself; others add φ(q) M to each head, whatever the text takes for itself."""
+    model, idx = random_model(), random_ids(2, 7)
+    outside, attn, logits = exp6_outside.Outside(model).double(), model.h[0].attn, model(idx)[0]
+    with outside.acting():
+        torch.testing.assert_close(model(idx)[0], logits)
+        outside.matrices.data = 0.1 * torch.randn(L, H, D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = model.wte(idx)
+    with outside.acting():
+        changed, _ = attn(x, None)
+    q = attn.c_attn(x)[..., :C].view(2, 7, H, D)
+    added = torch.einsum("bthd,hde->bthe", torch.where(q > 0, q + 1, q.exp()), outside.matrices[0]).flatten(2)
+    torch.testing.assert_close(changed, attn(x, None)[0] + added @ attn.c_proj.weight.T)
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
