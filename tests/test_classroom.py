@@ -1,6 +1,7 @@
 """The scripts of classroom/: what they measure is what they say, and an interruption loses nothing."""
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from conftest import C, H, L, random_ids
 from torch.testing import assert_close
 
 import train
-from data import Row
+from data import Row, batch_of
+from llama import Llama, LlamaConfig
+from model import GPT, GPTConfig
 from prefix import Prefix
+from soft_prompt import SoftPrompt
 
 
 @pytest.fixture
@@ -49,6 +53,20 @@ def test_what_is_kept_for_backward_is_counted_once_and_without_weights(gpt2):
     assert common.kept_for_backward(gpt2, lambda: (x @ weight).sum()) == 0
     assert common.kept_for_backward(gpt2, lambda: (x * x.view(3, C)).sum()) == 3 * C * 8
     assert common.kept_for_backward(gpt2, lambda: (2 * x).exp().sum()) == 3 * C * 8
+
+
+@pytest.mark.parametrize("kind", [Prefix, SoftPrompt])
+@pytest.mark.parametrize("B, T, P", [(10, 75, 20), (8, 75, 60), (4, 120, 5)])
+def test_what_is_kept_for_backward_is_as_the_readme_says(kind, B, T, P):
+    """In each layer, for a position of the text 10·C numbers of GPT-2 and 4·C + 2·K·D + 3·I of a Llama, for a virtual token
+    2·K·D in each row; a soft prompt's are text once a batch. To some percent: the mask and the loss have more."""
+    gpt2, llama = GPT(GPTConfig(500, 220, 4, 4, 256)), Llama(LlamaConfig(500, 220, 4, 4, 2, 256, 640, 64, 1e4, 1e-5))
+    for model, keys, a_position in ((gpt2, 256, 10 * 256), (llama, 128, 4 * 256 + 2 * 128 + 3 * 640)):
+        rows = [Row(random_ids(T // 2, seed=i).tolist(), random_ids(T + 1 - T // 2, seed=i).tolist()) for i in range(B)]
+        adapter, batch = kind.random(model.freeze(), P), batch_of(rows, model.device)
+        kept = common.kept_for_backward(model, partial(common.forward, model, [adapter], batch))
+        expected = 4 * 4 * (B * (T * a_position + P * 2 * keys) + (kind is SoftPrompt) * P * a_position)
+        assert 1 <= kept / expected < 1.07, kept / expected
 
 
 def test_the_effective_rank():
