@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch, with its key/value cache as an argument and as a result.
+"""GPT-2 (Radford et al. 2019) in plain PyTorch, with its key/value cache as an argument and as a result.
 
 A transformer sees its past only through the keys and values that each layer computed for it. So whoever hands those in
 can steer the model:
@@ -11,12 +11,10 @@ Symbols, the same in every file:
     B  batch             P  virtual tokens, or any past     C  n_embd, the width of the model
     T  new positions     S  = P + T, the keys               H  n_head
     V  vocab_size        L  n_layer                         D  = C / H, the width of a head
-
-Architecture: GPT-2 (Radford et al. 2019), its parts under their own names. The base is frozen, so there is no dropout.
 """
 
-import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,13 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
+@lru_cache(maxsize=1)  # all layers share one, or each would keep its own until the backward pass: T · S numbers
+@torch.inference_mode(False)
+def score_mask(T: int, S: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-> (repeats · T, S), to be added to scores: 0 where a query may look, -∞ where not."""
+    return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, T, D) queries, (B, K, S, D) keys and values -> softmax(q·k / √D) v over what a query may see, (B, H, T, D).
 
@@ -41,9 +46,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     q = q.reshape(B, K, H // K * T, D)
-    mask = causal_mask(T, S, q.device).repeat(H // K, 1) if T > 1 else None  # a single query may see everything
-    if mask is not None and q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's own takes 4 times as long backward
-        y = (q @ k.transpose(2, 3) * D**-0.5 + mask.to(q.dtype).log()).softmax(dim=-1) @ v  # log 0 = -∞
+    mask = score_mask(T, S, H // K, q.dtype, q.device) if T > 1 else None  # a single query may see everything
+    # On a short text torch's own takes 4 times as long backward; on a long one, all these weights would take too much memory
+    if 1 < T < 1000 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        y = (q @ k.transpose(2, 3) * D**-0.5 + mask).softmax(dim=-1) @ v
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.reshape(B, H, T, D)
@@ -161,7 +167,7 @@ class Decoder(nn.Module):
             hidden, past_kv = self.forward_embeddings(self.wte(new), past_kv)
             logits = (hidden[:, -1] @ self.head.T).float()  # (B, V)
             if top_k is not None:
-                logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+                logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
             new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             if temperature > 0:
                 new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)
@@ -182,12 +188,6 @@ class GPT(Decoder):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                # GPT-2 §2.3: what is added to the residual stream starts smaller, by one over the root of its 2 L terms
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
 
     def place(self, x: Tensor, n_past: int) -> Tensor:
         return x + self.wpe.weight[n_past : n_past + x.size(1)]

@@ -8,6 +8,7 @@ the text loses. Wang et al. 2025 (arXiv 2506.13674) put it outside: each head ad
 Both are trained for two tasks, and of the prefix it is measured what share of the attention it has as the text grows.
 """
 
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import Experiment, attention, band, fit, lowest, n_trainable, prepared, rate, spread
+from common import Experiment, attention, colour, fit, lowest, n_trainable, prepared, rate, spread
 from torch import Tensor, nn
 
 from command.process import run_command
@@ -87,9 +88,10 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row + [spread(column, 0) for column in shares[task]] if place == "inside" else row + ["–"] * len(GROWING))
 
     def draw(axes) -> None:
-        for task, columns in shares.items():
-            band(axes[0][0], GROWING, columns, f"prefix of {P}, {task}")
-        axes[0][0].set(xlabel="tokens of text", ylabel="share of the attention that the prefix has, %", ylim=(0, 100))
+        for (task, columns), style in zip(shares.items(), ("-", "--")):
+            axes[0][0].plot(GROWING, list(map(statistics.mean, columns)), style, label=f"prefix of {P}, {task}", color=colour("prefix"))
+            axes[0][0].plot(GROWING, columns, ".", color=colour("prefix"))
+        axes[0][0].set(xlabel="tokens of text", ylabel="% of the attention", ylim=(0, 100))
 
     header = ["task", "softmax", "numbers", "learning rate", "exact match %", "loss a token", "steps"]
     experiment.report([*header, *(f"share % behind {T} tokens" for T in GROWING)], rows, draw, 1)

@@ -46,8 +46,10 @@ SIZES = {
     "124M": GPTConfig(50257, 1024, 12, 12, 768),
     "135M": LlamaConfig(49152, 8192, 30, 9, 3, 576, 1536, 64, rope_theta=100000.0, rms_norm_eps=1e-5),  # SmolLM2
     "355M": GPTConfig(50257, 1024, 24, 16, 1024),
+    "774M": GPTConfig(50257, 1024, 36, 20, 1280),
     "1.5B": GPTConfig(50257, 1024, 48, 25, 1600),
 }
+COMPARED = ["small", "124M", "135M"]
 SOURCE, TARGET, NEW = 45, 30, 64  # tokens: the shape of the E2E benchmark; and how many to generate
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DEVICE = pick_device(None)
@@ -298,25 +300,35 @@ def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> No
         table.add(f"{name}: another prefix", "ms", 1e3 * taken["switch"], spread=spread)
 
 
-def grow(table: Table, root: Path, reference: str, sizes: list[str]) -> None:
-    """A prefix step in float32, along one axis at a time from P 20, T 75, batch 10; and how fast the small base is made."""
-    for size in sizes:
-        make_base(root, size)
-    room = SIZES[reference].block_size - SOURCE - TARGET
-    axes = {"P": [P for P in (1, 4, 16, 64, 256, 512) if P <= room], "T": [35, 75, 150, 300], "B": [1, 4, 10, 40], "size": sizes}
+def expected_bytes(size: str, method: str, P: int, B: int, T: int) -> int:
+    """-> what the README's formula says that a step in float32 keeps for backward."""
+    c = SIZES[size]
+    llama = isinstance(c, LlamaConfig)
+    keys = c.n_kv_head * c.head_dim if llama else c.n_embd
+    a_position = 4 * c.n_embd + 2 * keys + 3 * c.n_inner if llama else 10 * c.n_embd
+    once = P * a_position if method == "soft_prompt" else 0
+    return 4 * c.n_layer * (B * ((T - 1) * a_position + P * 2 * keys) + once)
+
+
+def grow(table: Table, root: Path, sizes: list[str]) -> None:
+    """A step in float32 of SmolLM2's size, along one axis at a time from P 20, T 75, batch 10 (of long texts: 1), and on models
+    of other sizes; and how fast the small base is made."""
+    axes = {"P": (1, 16, 64, 256, 1000), "P, soft prompt": (1, 16, 64, 256, 1000), "T": (75, 300, 1000, 4000, 8000)}
+    axes |= {"B": (1, 4, 16, 64), "size": sizes}
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
-        at = {"P": 20, "T": SOURCE + TARGET, "B": 10, "size": reference} | {axis: value}
-        if at["P"] + at["T"] > SIZES[at["size"]].block_size:
-            continue
-        model, adapter = ours(base_directory(root, at["size"], FLOAT32), "prefix", at["P"])
+        at = {"size": "135M", "P": 20, "T": SOURCE + TARGET, "B": 1 if axis == "T" else 10} | {axis[:4].split(",")[0]: value}
+        at["method"] = "soft_prompt" if "soft" in axis else "prefix"
+        if not (root / f"{at['size']}-{FLOAT32}").exists():
+            make_base(root, at["size"])
+        model, adapter = ours(base_directory(root, at["size"], FLOAT32), at["method"], at["P"])
         batch = data.batch_of(random_rows(at["size"], at["B"], at["T"]), DEVICE)
-        shapes = products(at["size"], "prefix", at["P"], at["B"], at["T"])
-        one = step(adapter, partial(gradients, model, [adapter], batch))
-        taken, spread = seconds({"here": one, "floor": floor(shapes, FLOAT32)}, turns=5)
+        contestants = {"here": step(adapter, partial(gradients, model, [adapter], batch))}
+        contestants["floor"] = floor(products(**at), FLOAT32)
+        taken, spread = seconds(contestants, turns=5)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
-        kept = kept_for_backward(model, partial(forward, model, [adapter], batch))
-        place = {"axis": axis, "x": x, "kept_mb": kept / 1e6, "spread": spread}
-        table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **place)
+        kept = {"kept_mb": kept_for_backward(model, partial(forward, model, [adapter], batch)) / 1e6}
+        more = {"axis": axis, "x": x} | kept | {"formula_mb": expected_bytes(**at) / 1e6, "spread": spread}
+        table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **more)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         recipe = train.RECIPES["pretrain"]
         pretrain(root / "pretrained", [], steps=40, lr=recipe.lr, batch_size=16, seed=0, device=DEVICE)
@@ -330,9 +342,11 @@ def draw(rows: list[dict], path: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         return print("no figure: matplotlib is not installed")
-    labels = {"P": "virtual tokens P", "T": "tokens a row T", "B": "rows B", "size": "parameters of the base"}
+    labels = {"P": "virtual tokens of a prefix", "P, soft prompt": "virtual tokens of a soft prompt", "T": "tokens of a row"}
+    labels |= {"B": "rows", "size": "parameters of the base"}
     curves = {"here": ("step, ms", "o-"), "floor": ("its matrix products, ms", "k--"), "kept_mb": ("kept for backward, MB", "s-")}
-    figure, subplots = pyplot.subplots(1, len(labels), figsize=(14, 4), sharey=True, layout="constrained")
+    curves["formula_mb"] = ("the same by the formula, MB", "k:")
+    figure, subplots = pyplot.subplots(1, len(labels), figsize=(17, 4), sharey=True, layout="constrained")
     for subplot, (axis, label) in zip(subplots, labels.items()):
         points = [row for row in rows if row.get("axis") == axis]
         for key, (name, style) in curves.items():
@@ -358,7 +372,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "124M", "135M"], help="(default: small 124M 135M)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help=f"(default: {' '.join(COMPARED)}; for growth all)")
     parser.add_argument("--P", nargs="+", type=int, default=[20], help="virtual tokens (default: 20)")
     parser.add_argument("--growth", action="store_true", help="growth in place of the comparison")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
@@ -371,10 +385,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if args.growth:
-            grow(table, root, "124M", ["small", "124M", "355M"])
+            grow(table, root, args.sizes or list(SIZES))
         else:
             peaks = {dtype: matmul_peak(dtype) for dtype in (FLOAT32, BFLOAT16)}
-            for size in args.sizes:
+            for size in args.sizes or COMPARED:
                 make_base(root, size)
                 for method, P in itertools.product(("prefix", "soft_prompt"), args.P):
                     compare(table, root, size, method, P, 32 if CUDA else 10, peaks)

@@ -100,8 +100,8 @@ MISTAKES = {
         ("is_causal=True", "attn_mask=mask)", "is_causal=True)"),
         ("by √D", "attn_mask=mask)", "attn_mask=mask, scale=1.0)"),
         ("The mask is not used", "attn_mask=mask)", ")"),
-        ("~mask is where minus infinity goes", "attn_mask=mask)", "attn_mask=~mask)"),
-        ("Added as numbers", "attn_mask=mask)", "attn_mask=mask.to(q.dtype))"),
+        ("~mask is where minus infinity goes", "attn_mask=mask)", "attn_mask=~causal_mask(T, S, q.device))"),
+        ("Added as numbers", "attn_mask=mask)", "attn_mask=causal_mask(T, S, q.device).to(q.dtype))"),
         ("not 0", None, """
             scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
             mask = causal_mask(q.size(2), k.size(2), q.device)

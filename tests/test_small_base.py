@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import GPT, GPTConfig
 from small_base import pretrain as pretraining
 from small_base import world
-from small_base.pretrain import pretrain, read_text, train_bpe, windows_anywhere
+from small_base.pretrain import initialise, pretrain, read_text, train_bpe, windows_anywhere
 from small_base.world import TASKS, VALUES, Record
 from storage.base import load_base
 from storage.files import OURS
@@ -282,3 +283,15 @@ def test_nothing_happens_on_import(tmp_path):
     command = [sys.executable, "-B", "-c", WATCHED, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_a_model_starts_as_gpt2_starts_but_for_its_tokens():
+    """N(0, 0.02²), what is added to the residual stream 1/√(2L) of it, tokens 0.4; biases zero, gains one."""
+    torch.manual_seed(0)
+    initialise(model := GPT(GPTConfig(61, 32, n_layer=8, n_head=2, n_embd=64)))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.4 if "wte" in name else 0.005 if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+        else:
+            assert (p == float(name.endswith("weight"))).all(), name

@@ -33,6 +33,7 @@ import storage.hub
 import train
 from model import GPT, GPTConfig, KVCache
 from prefix import Prefix
+from small_base.pretrain import initialise
 from small_base.world import random_document, task_examples
 from soft_prompt import SoftPrompt
 from storage.base import load_base
@@ -554,7 +555,7 @@ def test_pretraining_written_out(tmp_path, monkeypatch, capsys):
     stream = torch.tensor([i for text in texts for i in [*tokenizer.encode_ordinary(text), tokenizer.eot_token]])
     torch.manual_seed(5)
     model = GPT(GPTConfig(tokenizer.n_vocab))
-    torch.nn.init.normal_(model.wte.weight, std=0.4)
+    initialise(model)
     model.ln_f.weight.data.fill_(0.1)
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
     muon = torch.optim.Muon(matrices, weight_decay=0.1)
