@@ -32,6 +32,7 @@ from data import Example, Row, batch_of, encode, read_jsonl, source_ids
 from model import Decoder
 from prefix import Prefix
 from storage.base import fingerprint, load_base
+from storage.files import replace_file
 
 try:
     import sacrebleu
@@ -291,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
             e2e.run(cell, seed, e2e.rate(cell))
     for part in parts:
         text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
+        replace_file(experiment.out / f"e2e_{part}.md", text.encode())
         say(f"\n{part}\n\n{text}")
     drawn = [part for part in parts if part in ("table", "length", "demonstrations", "examples")]
     if drawn:
