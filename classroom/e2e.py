@@ -192,8 +192,9 @@ class E2E:
 
 
 def low_precision(model: Decoder) -> Any:
-    """Computes in bfloat16 what a float32 model has, which is trained itself: bfloat16 weights would lose its small updates."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.float32)
+    """Computes in bfloat16 what a float32 model has, which is trained itself: bfloat16 weights would lose its small updates.
+    Without its cache, for that holds the weights as they were at the first step."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.float32, cache_enabled=False)
 
 
 def table(e2e: E2E, part: str) -> str:

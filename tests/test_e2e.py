@@ -107,3 +107,15 @@ def test_a_stored_table_shows_the_stored_runs(part):
         assert line.startswith(f"| {e2e.label(cell)} | {some[0]['trained']:,} |") and len({run["lr"] for run in some}) == 1
         ends = [[spread([run[f"{test}{key}"] for run in some[:n]], 1) for key in ("bleu", "chrf", "slots")] for n in (1, 2, 3)]
         assert any(line.endswith("| " + " | ".join(end) + " |") for end in ends), line
+
+
+def test_a_model_that_is_trained_in_low_precision_is_trained(files, base, tmp_path):
+    """Its weights as they are now are used in each step: what training saw as its last loss, the trained model has."""
+    args = ["--quick", "--base", base, "--device", "cpu", "--out", str(tmp_path), *files]
+    made = e2e.E2E(e2e.Experiment(e2e.__file__, e2e.__doc__, args, lambda add: (add("--data"), add("--test"))))
+    model, _, rows = made.ready(e2e.Cell("full"), 0)
+    with e2e.low_precision(model):
+        *_, (_, loss) = e2e.train.tune(model, [], rows, e2e.train.Plan(5, 0.01, 4, 0, 5, 5))
+    with e2e.low_precision(model):
+        again, _ = e2e.train.evaluate(model, [], rows["validation"], 4)
+    assert again == pytest.approx(loss, rel=1e-6)
