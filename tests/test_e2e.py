@@ -126,9 +126,9 @@ def test_the_table_of_the_readme_shows_the_stored_runs():
     runs = json.loads((RESULTS / "e2e.json").read_text(encoding="utf-8"))["runs"]
     page = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split("### E2E")[1]
     lines = [line for line in page.splitlines() if line.startswith("| ")][2:]
-    cells = [cell for cell in e2e.PARTS["table"] if any(cell._asdict().items() <= run.items() for run in runs)]
-    for cell in cells:
-        some = [run for run in runs if cell._asdict().items() <= run.items() and "test_bleu" in run]
+    found = {cell: [run for run in runs if cell._asdict().items() <= run.items() and "test_bleu" in run] for cell in e2e.PARTS["table"]}
+    cells = {cell: some for cell, some in found.items() if some}
+    for some in cells.values():
         scores = (", ".join(f"{run[f'test_{key}']:.1f}" for run in some) for key in ("bleu", "slots"))
         end = f"| {some[0]['trained']:,} | " + " | ".join(scores) + " |"
         assert sum(line.endswith(end) for line in lines) == 1, end
