@@ -32,8 +32,8 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
-@lru_cache(maxsize=1)  # all layers share one, or each would keep its own until the backward pass: T · S numbers
-@torch.inference_mode(False)
+@lru_cache(maxsize=1)  # one for all layers: until the backward pass, each would keep its own T · S numbers
+@torch.inference_mode(False)  # whoever asks first, training may be the next
 def score_mask(T: int, S: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """-> (repeats · T, S), to be added to scores: 0 where a query may look, -∞ where not."""
     return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()
@@ -109,7 +109,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: KV | None) -> tuple[Tensor, KV]:
         """(B, T, C) -> (B, T, C), and this layer's (keys, values) of past and new positions."""
         attended, kv = self.attn(self.ln_1(x), past)
-        x = x + attended
+        x = x + attended  # no dropout here or elsewhere: the base is frozen
         return x + self.mlp(self.ln_2(x)), kv
 
 

@@ -24,6 +24,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from command.process import pick_device, say, start_process  # noqa: E402
 from lora import add_lora  # noqa: E402
+from llama import Llama  # noqa: E402
 from model import Decoder, KVCache, attend, causal_mask  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
 from storage.base import load_base  # noqa: E402
@@ -87,6 +88,13 @@ def kept_for_backward(model: Decoder, compute: Callable[[], object]) -> int:
         result = compute()  # held, so that no address comes twice
     del result
     return sum(size for address, size in kept.items() if address not in weights)
+
+
+def kept_by_formula(model: Decoder, P: int, B: int, T: int, soft: bool) -> int:
+    """-> the README's estimate of `kept_for_backward` in float32: B rows of T positions that are read, P virtual tokens."""
+    c, (_, L, _, K, D) = model.config, model.kv_shape(P)
+    a_position = 4 * c.n_embd + 2 * K * D + 3 * c.n_inner if isinstance(model, Llama) else 10 * c.n_embd
+    return 4 * L * (B * (T * a_position + P * 2 * K * D) + (P * a_position if soft else 0))
 
 
 def lowest(loss: Callable[[int], float]) -> int:

@@ -36,7 +36,7 @@ ABOUT = ["the village", "the river", "the ferry", "the island", "the school", "t
 ABOUT += ["bicycles and cars", "the camp site", "dogs", "the people of Hillmouth"]
 ASKED = ["What do you know about {}?", "Tell a visitor about {}.", "Write a short letter that mentions {}."]
 ASKED += ["Give me two facts about {}.", "What should I ask about {}?", "Make up a story about {}."]
-LENGTHS, STEPS, BATCH, LIMIT, UNREPORTED = (2, 4, 8, 16), 150, 4, 32, 100
+LENGTHS, STEPS, BATCH, LIMIT, UNREPORTED, MIDDLE = (2, 4, 8, 16), 150, 4, 32, 100, 0.03  # MIDDLE: of the rates tried
 NOTHING, FIRST, ALONE, TAUGHT = "none", "the first words", "trained on the text", "taught by the model with the text"
 
 
@@ -73,8 +73,7 @@ class Distillation:
         questions = random.Random(seed).sample(questions, len(questions))[: self.experiment.at_most]
         sources = [source_ids(self.tokenizer, question) for question in questions]
         generator = torch.Generator(self.model.device).manual_seed(seed)
-        how = {"temperature": 1.0, "generator": generator}
-        texts = answers(self.model, [self.teacher], self.tokenizer, sources, LIMIT, **how)
+        texts = answers(self.model, [self.teacher], self.tokenizer, sources, LIMIT, temperature=1.0, generator=generator)
         rows = encode(self.tokenizer, list(map(Example, questions, texts)))
         return rows[len(rows) // 4 :], rows[: len(rows) // 4]
 
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     for way in (NOTHING, FIRST, ALONE, TAUGHT):
         lr = 0.0
         if way in (ALONE, TAUGHT):
-            lr = rate(0.03, lowest(lambda power: grid.run(way, 8, UNREPORTED, rate(0.03, power))["divergence"]))
+            lr = rate(MIDDLE, lowest(lambda power: grid.run(way, 8, UNREPORTED, rate(MIDDLE, power))["divergence"]))
         for P in lengths[:1] if way == NOTHING else lengths:
             runs = [grid.run(way, P, seed, lr) for seed in experiment.seeds]
             columns.setdefault(way, []).append(found := [run["divergence"] for run in runs])

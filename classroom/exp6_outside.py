@@ -83,14 +83,16 @@ def main(argv: list[str] | None = None) -> None:
             runs = [run(place, task, seed, lr) for seed in experiment.seeds]
             row = [task, place, f"{runs[0]['trained']:,}", f"{lr:g}", spread([some["exact"] for some in runs], 1)]
             row += [spread([some["loss"] for some in runs], 4), spread([some["curve"][-1][0] for some in runs], 0)]
-            if place == "inside":
-                shares[task] = list(zip(*(some["shares"] for some in runs)))
-            rows.append(row + [spread(column, 0) for column in shares[task]] if place == "inside" else row + ["–"] * len(GROWING))
+            columns = list(zip(*(some.get("shares", ()) for some in runs)))  # none of what stands outside
+            if columns:
+                shares[task] = columns
+            rows.append(row + ([spread(column, 0) for column in columns] or ["–"] * len(GROWING)))
 
     def draw(axes) -> None:
         for (task, columns), style in zip(shares.items(), ("-", "--")):
-            axes[0][0].plot(GROWING, list(map(statistics.mean, columns)), style, label=f"prefix of {P}, {task}", color=colour("prefix"))
-            axes[0][0].plot(GROWING, columns, ".", color=colour("prefix"))
+            means, name = list(map(statistics.mean, columns)), f"prefix of {P}, {task}"
+            axes[0][0].plot(GROWING, means, style, label=name, color=colour(name))
+            axes[0][0].plot(GROWING, columns, ".", color=colour(name))
         axes[0][0].set(xlabel="tokens of text", ylabel="% of the attention", ylim=(0, 100))
 
     header = ["task", "softmax", "numbers", "learning rate", "exact match %", "loss a token", "steps"]

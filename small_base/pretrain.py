@@ -75,8 +75,11 @@ def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Gener
 
 
 def initialise(model: GPT) -> None:
-    """Starts a model as GPT-2 starts (§2.3), N(0, 0.02²) and no biases, but its tokens with 0.4: 0.02 leaves those of a kind
-    nearly alike, and what they share drowns what tells them apart: no value is copied. So all are in half the steps."""
+    """Starts a model as GPT-2 starts (§2.3), with N(0, 0.02²) and biases of zero, but its tokens with N(0, 0.4²).
+
+    0.02 leaves the tokens of a kind nearly alike, and what they share drowns what tells them apart: no value is copied.
+    Where they differ from the outset, all kinds are copied in half the steps.
+    """
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             # what is added to the residual stream starts smaller, by one over the root of its 2 L terms

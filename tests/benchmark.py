@@ -31,7 +31,7 @@ os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows product
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-from common import data, finish, forward, gradients, kept_for_backward, train, write_json  # noqa: E402
+from common import data, finish, forward, gradients, kept_by_formula, kept_for_backward, train, write_json  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from command.process import pick_device  # noqa: E402
@@ -300,23 +300,13 @@ def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> No
         table.add(f"{name}: another prefix", "ms", 1e3 * taken["switch"], spread=spread)
 
 
-def expected_bytes(size: str, method: str, P: int, B: int, T: int) -> int:
-    """-> what the README's formula says that a step in float32 keeps for backward."""
-    c = SIZES[size]
-    llama = isinstance(c, LlamaConfig)
-    keys = c.n_kv_head * c.head_dim if llama else c.n_embd
-    a_position = 4 * c.n_embd + 2 * keys + 3 * c.n_inner if llama else 10 * c.n_embd
-    once = P * a_position if method == "soft_prompt" else 0
-    return 4 * c.n_layer * (B * ((T - 1) * a_position + P * 2 * keys) + once)
-
-
 def grow(table: Table, root: Path, sizes: list[str]) -> None:
     """A step in float32 of SmolLM2's size, along one axis at a time from P 20, T 75, batch 10 (of long texts: 1), and on models
     of other sizes; and how fast the small base is made."""
     axes = {"P": (1, 16, 64, 256, 1000), "P, soft prompt": (1, 16, 64, 256, 1000), "T": (75, 300, 1000, 4000, 8000)}
     axes |= {"B": (1, 4, 16, 64), "size": sizes}
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
-        at = {"size": "135M", "P": 20, "T": SOURCE + TARGET, "B": 1 if axis == "T" else 10} | {axis[:4].split(",")[0]: value}
+        at = {"size": "135M", "P": 20, "T": SOURCE + TARGET, "B": 1 if axis == "T" else 10} | {axis.split(",")[0]: value}
         at["method"] = "soft_prompt" if "soft" in axis else "prefix"
         if not (root / f"{at['size']}-{FLOAT32}").exists():
             make_base(root, at["size"])
@@ -327,7 +317,8 @@ def grow(table: Table, root: Path, sizes: list[str]) -> None:
         taken, spread = seconds(contestants, turns=5)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
         kept = {"kept_mb": kept_for_backward(model, partial(forward, model, [adapter], batch)) / 1e6}
-        more = {"axis": axis, "x": x} | kept | {"formula_mb": expected_bytes(**at) / 1e6, "spread": spread}
+        kept["formula_mb"] = kept_by_formula(model, at["P"], at["B"], at["T"] - 1, "soft" in axis) / 1e6
+        more = {"axis": axis, "x": x} | kept | {"spread": spread}
         table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **more)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         recipe = train.RECIPES["pretrain"]

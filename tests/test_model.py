@@ -7,7 +7,7 @@ import torch
 from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
 from torch.testing import assert_close
 
-from model import GPT, GPTConfig, attend, causal_mask
+from model import GPT, GPTConfig, attend, causal_mask, score_mask
 
 
 @pytest.mark.ex3
@@ -119,6 +119,24 @@ def test_attention_in_bfloat16_is_the_same_attention(n):
         results.append([y.detach().double(), *(part.grad.double() for part in parts)])
     for got, expected in zip(*results):
         assert_close(got, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_all_layers_share_one_mask(model):
+    """What autograd keeps of a text's square is one mask, however many layers there are; even where inference had it first."""
+    idx, past_kv, masks = random_ids(1, 11), model(random_ids(1, 3, seed=1))[1], set()
+    score_mask.cache_clear()
+    with torch.inference_mode():
+        model(idx, past_kv)
+
+    def note(tensor):
+        if tensor.dim() == 2 and tensor.size(0) % 11 == 0 and tensor.size(1) == 14:
+            masks.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(idx, [(k.clone().requires_grad_(), v) for k, v in past_kv])[0].square().sum()
+    loss.backward()
+    assert len(masks) == 1
 
 
 def test_new_tokens_stand_behind_the_past(gpt2):
