@@ -33,10 +33,10 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=1)  # one for all layers: until the backward pass, each would keep its own T · S numbers
-@torch.inference_mode(False)  # whoever asks first, training may be the next
+@torch.inference_mode(False)  # made in inference mode, it could not be kept for a backward pass
 def score_mask(T: int, S: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-> (repeats · T, S), to be added to scores: 0 where a query may look, -∞ where not."""
-    return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()
+    """-> (repeats · T, S), to be added to scores; `repeats` is of queries that share their keys (see attend)."""
+    return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()  # log 1 = 0, log 0 = -∞
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
             if top_k is not None:
                 logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
             new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
-            if temperature > 0:
+            if temperature > 1e-6:  # below, the likeliest is all that is left
                 new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)
             if stop_token is not None:
                 new = new.masked_fill(done, stop_token)

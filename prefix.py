@@ -1,6 +1,6 @@
 """Prefix tuning (Li & Liang 2021): learn the keys and values of P virtual tokens, in every layer of a frozen model.
 
-A prefix is a KV cache that you can train. No token is behind it and nothing is computed for it; the numbers in the
+A prefix is a KV cache that you can train. No token produced it and nothing is computed for it; the numbers in the
 cache are themselves the parameters, P · L·2·C of them:
 
                   P virtual tokens      T new tokens

@@ -2,7 +2,7 @@
 
     python train.py --method prefix                                      tune on an embedded task
     python train.py --method soft_prompt --task chat                     another method, another task
-    python train.py --method prefix --base gpt2 --data my.jsonl          your model, your data
+    python train.py --base gpt2 --data mine.jsonl --lr 0.03              your model, your data
     python train.py --adapter out/sentence/prefix --prompt "name : …"    use what was trained
     torchrun --nproc_per_node 2 train.py --method prefix                 tune on several devices at once
 """
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,7 +216,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if processes > 1 and (args.patience or not training):
         raise ValueError("torchrun shares out a training without --patience, and nothing else: run this with python")
     examples = load_examples(args.task, args.data, args.val_data, args.seed) if training else {}
-    if args.base == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
+    if Path(args.base) == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
         recipe = RECIPES["pretrain"]  # the same for every run
         pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
     barrier()
@@ -260,9 +259,8 @@ def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding
     say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
     frozen = evaluate(model, [], rows["test"], args.batch_size)
 
-    begin, checkpoint = time.perf_counter(), Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
+    checkpoint = Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
     found["curve"] = tune(model, adapters, rows, Plan(*(getattr(args, name) for name in Plan._fields)), checkpoint)
-    found["seconds_train"] = time.perf_counter() - begin
     if this_process()[0] > 0:  # one is enough for what remains
         return found
     if args.patience:

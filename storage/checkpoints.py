@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn, optim
 
-from storage.files import read_tensors, write_tensors
+from storage.files import write_tensors
 
 Curve = list[tuple[int, float]]  # validation losses: (step, nats per target token)
 
@@ -48,9 +48,6 @@ class Checkpoint(NamedTuple):
             self.save(trainee, optimizer, step, curve)
         if plan.patience and curve[-1][0] == step and looks_since_best(curve) == 0:
             write_tensors(self.best, trainee.state_dict())
-
-    def load_best(self, trainee: nn.Module) -> None:
-        trainee.load_state_dict(read_tensors(self.best))
 
     def end(self) -> None:
         """Removes what only an interrupted run needs, and gives the metrics their name."""

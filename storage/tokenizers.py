@@ -103,6 +103,9 @@ def read_tokenizer_json(directory: Path, end: Any) -> Encoding:
         pattern = split_pattern(found["pre_tokenizer"])
         end = end[0] if isinstance(end, list) else end
         (name,) = (name for name, i in special.items() if i == end)
+        ids = [*ranks.values(), *special.values()]
+        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError("two tokens of one id, or an id that is none")  # tiktoken would panic
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no byte-level BPE whose end of text is {end} ({error!r:.80})") from None
     if made != sorted(made) or pattern is None or (found.get("normalizer") or {"type": "NFC"}).get("type") != "NFC":

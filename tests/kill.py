@@ -70,13 +70,9 @@ def check_what_is_there(folder: Path) -> str:
 
 
 def result(folder: Path) -> dict[str, bytes]:
-    """-> every file of the run, by its name, but for the writer's own and the seconds that training took."""
+    """-> every file of the run, by its name, but for the writer's own."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    found = {name: path.read_bytes() for name, path in files.items() if not (path.name.startswith(".") and name.endswith(".new"))}
-    for name in found:
-        if name.endswith("training.json"):
-            found[name] = json.loads(found[name]) | {"seconds_train": 0}
-    return found
+    return {name: path.read_bytes() for name, path in files.items() if not (path.name.startswith(".") and name.endswith(".new"))}
 
 
 def main() -> None:

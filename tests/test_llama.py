@@ -299,6 +299,8 @@ def test_a_byte_that_the_vocabulary_lacks_gets_a_sentence(tmp_path):
         (lambda found: found["added_tokens"].clear(), "no byte-level BPE whose end of text is"),
         (lambda found: found.pop("model"), "no byte-level BPE"),
         (lambda found: found["model"].update(vocab={"日": 0}), "no byte-level BPE"),
+        (lambda found: found["model"]["vocab"].update(a=found["model"]["vocab"]["b"]), "two tokens of one id"),
+        (lambda found: found["model"]["vocab"].update(a=-1), "an id that is none"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):

@@ -38,6 +38,7 @@ from small_base.world import random_document, task_examples
 from soft_prompt import SoftPrompt
 from storage.base import load_base
 from storage.checkpoints import Checkpoint
+from storage.files import read_tensors
 from storage.tokenizers import build_tokenizer, load_tokenizer, ranks_of
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -158,7 +159,7 @@ def test_a_run_of_each_method(base, tmp_path, capsys, method):
     assert files_in(Path(base)) == before
     assert set(result) >= {
         "method", "task", "data", "base", "out", "steps", "lr", "n_trainable", "n_stored", "n_base", "percent", "loss_frozen",
-        "loss", "exact_match_frozen", "exact_match", "seconds_train", "curve",
+        "loss", "exact_match_frozen", "exact_match", "curve",
     }  # fmt: skip
     low, high = {"prefix": (0.1, 1), "soft_prompt": (0.01, 0.1), "both": (0.1, 1), "full": (100, 100), "none": (0, 0)}[method]
     assert low <= result["percent"] <= high and result["percent"] == 100 * result["n_stored"] / result["n_base"]
@@ -175,8 +176,6 @@ def test_a_run_of_each_method(base, tmp_path, capsys, method):
 
 def test_two_runs_with_one_seed_give_the_same_numbers(base, tmp_path):
     results = [run(base, "--seed", seed, "--init", "random", out=tmp_path / "a") for seed in (3, 3, 4)]
-    for result in results:
-        del result["seconds_train"]
     assert results[0] == results[1] != results[2]
 
 
@@ -334,7 +333,8 @@ def test_sampling_a_completion(base):
     sampled = {seed: prompted(base, *flags, "--seed", seed) for seed in (0, 1, 2)}
     assert len(set(sampled.values())) == 3 and prompted(base, *flags) == sampled[0]
     greedy = prompted(base, "--prompt", "name : Palace")
-    assert prompted(base, *flags, "--top-k", "1") == greedy == prompted(base, *flags[:2], "--temperature", "0")
+    assert prompted(base, *flags, "--top-k", "1") == greedy
+    assert all(prompted(base, *flags[:2], "--temperature", nearly) == greedy for nearly in ("0", "1e-40", "1e-6"))
     assert prompted(base, *flags, "--top-k", "5") not in (greedy, sampled[0])
 
 
@@ -444,7 +444,7 @@ def test_patience_ends_a_training_and_keeps_the_best(base, tmp_path, monkeypatch
     looks = iter(())
     curve, prompt, checkpoint, kept = tuned("patient", 3)
     assert [step for step, _ in curve] == [0, 2, 4, 6, 8, 10] and len(kept) == 10
-    checkpoint.load_best(torch.nn.ModuleList([prompt]))
+    torch.nn.ModuleList([prompt]).load_state_dict(read_tensors(checkpoint.best))
     assert_close(prompt.vectors.data, kept[3], rtol=0, atol=0)
     checkpoint.end()
     assert [path.name for path in (tmp_path / "patient").iterdir()] == ["metrics.jsonl"]
@@ -462,7 +462,7 @@ def test_the_best_survives_an_interruption(base, tmp_path, monkeypatch):
         checkpoint = Checkpoint(tmp_path / name / CHECKPOINT, {}, resume)
         train.tune(model, [prompt], rows, plan(6, eval_every=1, save_every=1, patience=5), checkpoint)
         last = prompt.vectors.detach().clone()
-        checkpoint.load_best(torch.nn.ModuleList([prompt]))
+        torch.nn.ModuleList([prompt]).load_state_dict(read_tensors(checkpoint.best))
         return prompt.vectors.data, last
 
     best, last = tuned("whole", losses, resume=False)
@@ -601,7 +601,7 @@ def test_the_first_run_makes_the_base_and_the_next_one_finds_it(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train.RECIPES, "pretrain", train.RECIPES["pretrain"]._replace(steps=2))
     small = ["--steps", "1", "--device", "cpu", "--batch-size", "2", "--task", "sentiment"]
-    train.main([*small, "--seed", "3", "--lr", "0.1"])
+    train.main([*small, "--seed", "3", "--lr", "0.1", "--base", "out/base"])
     made = files_in(tmp_path / "out" / "base")
     assert set(made) == {"config.json", "model.safetensors", "vocab.json", "merges.txt", "training.json"}
     assert "pretraining the small base, once, into out" in capsys.readouterr().out
@@ -793,14 +793,14 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_
     resumed = run(base, *flags, "--resume", out=tmp_path / "parts", steps=7)
     assert f"start    validation loss {whole['curve'][2][1]:.3f}, resuming after step 4\n" in capsys.readouterr().out
     for result in (whole, resumed):
-        del result["seconds_train"], result["out"]
+        del result["out"]
     assert resumed == whole and [step for step, _ in whole["curve"]] == [0, 2, 4, 6, 7]
     one, two = files_in(tmp_path / "whole"), files_in(tmp_path / "parts")
     assert two.pop(".0123abcd.new") == b"half of someth"
     for files in (one, two):
         for name in [name for name in files if name.endswith("training.json")]:
             told = json.loads(files[name])
-            del told["seconds_train"], told["out"]
+            del told["out"]
             files[name] = told
     assert one == two and any(name.endswith("safetensors") for name in one)
 
@@ -1296,6 +1296,10 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
         (["--sizes", "1", "1", "8", "8"], "--sizes goes with --method pretrain, not prefix"),
         (["--method", "pretrain", "--sizes", "1", "0", "8", "8"], r"--sizes \[1, 0, 8, 8\]: give 1 or more of each"),
         (["--patience", "0"], "--patience 0: give 1 to"),
+        (["--method", "none", "--patience", "3"], "--patience ends the tuning of an adapter or a model: --method none has none"),
+        (["--method", "pretrain", "--data", "x.jsonl"], "--method pretrain reads --corpus"),
+        (["--method", "pretrain", "--task", "chat"], "--method pretrain reads --corpus"),
+        (["--method", "pretrain", "--prompt", "x"], "--method pretrain reads --corpus"),
         (["--adapter", "x", "--prompt", "y"], "x/adapter_config.json does not exist"),
         (["--prompt", "word " * 200], "block_size 128"),
         (["--method", "full", "--dtype", "bfloat16"], "--method full needs --dtype float32"),
