@@ -26,7 +26,6 @@ from command.process import pick_device, say, start_process  # noqa: E402
 from lora import add_lora  # noqa: E402
 from llama import Llama  # noqa: E402
 from model import Decoder, KVCache, attend, causal_mask  # noqa: E402
-from small_base.pretrain import pretrain  # noqa: E402
 from storage.base import load_base  # noqa: E402
 from storage.checkpoints import Curve  # noqa: E402
 from storage.files import read_json, replace_file  # noqa: E402
@@ -65,13 +64,6 @@ def forward(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Ten
     """-> the mean loss over the targets of a batch, by the line that train.tune has."""
     n_targets = int((batch.targets != data.IGNORE).sum())
     return train.loss_of(model, batch, train.stacked_past_kv(adapters, model), n_targets)
-
-
-def gradients(model: Decoder, adapters: list[nn.Module], batch: data.Batch) -> Tensor:
-    """-> the same, its gradients computed."""
-    loss = forward(model, adapters, batch)
-    loss.backward()
-    return loss
 
 
 def kept_for_backward(model: Decoder, compute: Callable[[], object]) -> int:
@@ -114,10 +106,17 @@ def rate(middle: float, power: int) -> float:
     return float(f"{middle * 3.0**power:.2g}")
 
 
-def finish() -> None:
-    """Waits for what a GPU still has to do, so that a clock can be read."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def interleaved(functions: dict[Any, Callable[[], object]], turns: int) -> dict[Any, list[float]]:
+    """-> the seconds of each function in each turn. They take turns, so that a slow moment meets them all; two more warm up."""
+    times = {name: [] for name in functions}
+    for _ in range(2 + turns):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            if torch.cuda.is_available():  # what a GPU still has to do
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - begin)
+    return {name: taken[2:] for name, taken in times.items()}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -170,13 +169,6 @@ def band(axis: Any, xs: list[float], columns: list[list[float]], label: str) -> 
     axis.fill_between(xs, list(map(min, columns)), list(map(max, columns)), color=colour(label), alpha=0.2)
 
 
-def make_small_base(directory: Path, seed: int, device: torch.device) -> None:
-    """Makes a small base where there is none, as train.py does; with another seed, another one."""
-    if not (directory / "config.json").exists():
-        recipe = train.RECIPES["pretrain"]
-        pretrain(directory, [], recipe.steps, recipe.lr, batch_size=16, seed=seed, device=device)
-
-
 class Run(NamedTuple):
     """A training, ready to go or done, on a base of its own."""
 
@@ -188,22 +180,13 @@ class Run(NamedTuple):
     exact: float = 0.0  # percentage of the validation rows that it then answers exactly
 
 
-def prepared(
-    base: str | Path, device: torch.device, examples: dict[str, list[data.Example]], method: str, seed: int,
-    n_virtual: int | None = None, lr: float | None = None, steps: int | None = None, batch_size: int = 16, looks: int = 1,
-) -> Run:  # fmt: skip
-    """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
-    recipe, tokenizer = RECIPES[method], load_tokenizer(base)
-    model = load_base(base).to(device).requires_grad_(method == "full")
-    rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
-    P, steps = n_virtual or recipe.n_virtual, steps or recipe.steps
-    if method == "lora":
-        add_lora(model, rank=P, seed=seed)
-    adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, "text", seed=seed)
-    for split in rows:
-        data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
-    every = max(1, steps // looks)
-    return Run(model, adapters, rows, train.Plan(steps, lr or recipe.lr, batch_size, seed, every, every))
+def quietly_tuned(model: Decoder, adapters: list[nn.Module], rows: dict[str, list[data.Row]], plan: train.Plan) -> Curve:
+    """As train.tune, without a word; a loss that is no number counts as an infinite one."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return train.tune(model, adapters, rows, plan)
+        except train.Diverged:
+            return [(0, math.inf), (plan.steps, math.inf)]
 
 
 def fit(run: Run) -> tuple[Curve, float]:
@@ -214,11 +197,11 @@ def fit(run: Run) -> tuple[Curve, float]:
     for step, rows in enumerate(batches, start=1):
         optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
-        gradients(run.model, run.adapters, data.batch_of(rows, run.model.device))
+        forward(run.model, run.adapters, data.batch_of(rows, run.model.device)).backward()
         optimizer.step()
         if step % plan.eval_every == 0 or step == plan.steps:
             loss, hits = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
-            curve.append((step, loss))
+            curve.append((step, loss if math.isfinite(loss) else math.inf))
             if all(hits) or not math.isfinite(loss):
                 break
     return curve, train.share(hits)
@@ -254,8 +237,7 @@ class Experiment:
         self.runs: list[dict[str, Any]] = read_json(self.file)["runs"] if self.file.exists() else []
         start_process()
         self.begin, self.device = time.perf_counter(), pick_device(self.args.device)
-        if Path(self.args.base) == train.DEFAULT_BASE:
-            make_small_base(train.DEFAULT_BASE, 0, self.device)
+        self.base(0)
 
     def grid(self, values: list) -> list:
         return values[:2] if self.args.quick else values
@@ -263,28 +245,44 @@ class Experiment:
     def steps(self, steps: int) -> int:
         return 2 if self.args.quick else steps
 
+    def base(self, seed: int) -> Path:
+        """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
+        own = Path("out/bases", str(seed)) if seed else train.DEFAULT_BASE
+        directory = Path(self.args.base) if seed == 0 or self.args.quick else own
+        if directory == own and not (own / "config.json").exists():
+            train.main(["--method", "pretrain", "--out", str(own), "--seed", str(seed), "--device", str(self.device)])
+        return directory
+
     def load(self, base: str | Path | None = None) -> tuple[tiktoken.Encoding, Decoder]:
         base = base or self.args.base
         return load_tokenizer(base), load_base(base).to(self.device).freeze()
 
+    def prepared(
+        self, examples: dict[str, list[data.Example]], method: str, seed: int, base: str | Path | None = None,
+        n_virtual: int | None = None, lr: float | None = None, steps: int | None = None, batch_size: int = 16, looks: int = 1,
+    ) -> Run:  # fmt: skip
+        """-> a run; what is not given is as in train.py. `looks` says how often the validation data are looked at."""
+        recipe, (tokenizer, model) = RECIPES[method], self.load(base)
+        model.requires_grad_(method == "full")
+        examples = {split: some[: self.at_most] for split, some in examples.items()}
+        rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
+        P, steps = n_virtual or recipe.n_virtual, self.steps(steps or recipe.steps)
+        if method == "lora":
+            add_lora(model, rank=P, seed=seed)
+        adapters = train.new_adapters(recipe.adapters, model, tokenizer, rows["train"], P, "text", seed=seed)
+        for split in rows:
+            data.check_lengths(examples[split], rows[split], model.config.block_size, len(adapters) * P)
+        every = max(1, steps // looks)
+        return Run(model, adapters, rows, train.Plan(steps, lr or recipe.lr, batch_size, seed, every, every))
+
     def tuned(self, task: str, method: str, seed: int, n_virtual: int | None = None) -> Run:
         """-> a run after its training, on 1000 examples of a task."""
-        examples = {split: some[: self.at_most] for split, some in train.load_examples(task, None, None, seed).items()}
-        steps = self.steps(train.RECIPES[method].steps)
-        run = prepared(self.args.base, self.device, examples, method, seed, n_virtual, steps=steps)
-        with contextlib.redirect_stdout(io.StringIO()):
-            (_, start), *_, (_, loss) = train.tune(run.model, run.adapters, run.rows, run.plan)
+        run = self.prepared(train.load_examples(task, None, None, seed), method, seed, n_virtual=n_virtual)
+        (_, start), *_, (_, loss) = quietly_tuned(*run[:4])
         _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
         what = f"{task}, {method}, seed {seed}: validation loss {start:.3f} -> {loss:.4f}"
         say(f"{time.perf_counter() - self.begin:4.0f} s  {what}")
         return run._replace(loss=loss, exact=train.share(exact))
-
-    def base(self, seed: int) -> Path:
-        """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
-        if seed == 0 or self.args.quick:
-            return Path(self.args.base)
-        make_small_base(directory := Path("out/bases", str(seed)), seed, self.device)
-        return directory
 
     def once(self, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """-> the run with these settings: a stored one, or one that is measured now, and stored."""
@@ -299,10 +297,6 @@ class Experiment:
     def store(self, **found: Any) -> None:
         head = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
         write_json(self.file, head | found | {"runs": self.runs})
-
-    def measured(self, key: str, **where: Any) -> list[Any]:
-        """-> one measured value of those runs that agree with `where`, a value a seed."""
-        return [run[key] for run in self.runs if all(run[name] == value for name, value in where.items())]
 
     def report(self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int) -> None:
         """Writes the table and the runs to NAME.json, the table to NAME.md, prints it, draws NAME.png, a row of panels."""

@@ -10,19 +10,16 @@ as good as the best. Interrupted, it goes on where it was. Into --out it writes 
 results) and compare.md (the tables).
 """
 
-import contextlib
 import hashlib
-import io
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, Experiment, Run, finish, forward, gradients, kept_for_backward, lowest, markdown, n_trainable
-from common import prepared, spread
+from common import NAMES, Experiment, Run, forward, interleaved, kept_for_backward, lowest, markdown, n_trainable
+from common import quietly_tuned, rate, spread
 from torch import nn
 
 import train
@@ -56,9 +53,8 @@ class Task(NamedTuple):
 def ready(experiment: Experiment, task: Task, method: str, seed: int, lr: float | None = None) -> Run:
     """-> a run before its training."""
     examples = train.load_examples(task.name, task.data, task.val_data, seed)
-    examples = {split: some[: experiment.at_most] for split, some in examples.items()}
-    own = {"lr": lr and float(f"{lr:.2g}"), "steps": task.steps, "batch_size": experiment.args.batch_size, "looks": 15}
-    return prepared(experiment.args.base, experiment.device, examples, method, seed, **own)
+    own = {"lr": lr, "steps": task.steps, "batch_size": experiment.args.batch_size, "looks": 15}
+    return experiment.prepared(examples, method, seed, **own)
 
 
 def tuned(experiment: Experiment, task: Task, method: str, seed: int, lr: float | None) -> dict[str, Any]:
@@ -73,11 +69,7 @@ def tuned(experiment: Experiment, task: Task, method: str, seed: int, lr: float 
         if seed:
             found["loss_frozen"], hits = evaluate(model, [], rows["test"], plan.batch_size)
             found |= {"exact_match_frozen": share(hits), "length": statistics.mean(len(row.target) for row in rows["test"])}
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                curve = train.tune(model, adapters, rows, plan)
-            except train.Diverged:
-                curve = [(plan.steps, float("inf"))]
+        curve = quietly_tuned(model, adapters, rows, plan)
         _, hits = evaluate(model, adapters, rows["validation"], plan.batch_size)
         found |= {"validation": curve[-1][1], "validation_exact": share(hits), "curve": curve}
         if seed:
@@ -91,7 +83,7 @@ def tuned(experiment: Experiment, task: Task, method: str, seed: int, lr: float 
 def best_rate(experiment: Experiment, task: Task, method: str) -> float:
     """-> the learning rate with the lowest validation loss on seed 0."""
     middle = train.RECIPES[method].lr
-    return middle * 3.0 ** lowest(lambda power: tuned(experiment, task, method, 0, middle * 3.0**power)["validation"])
+    return rate(middle, lowest(lambda power: tuned(experiment, task, method, 0, rate(middle, power))["validation"]))
 
 
 def verdict(methods: dict[str, list[dict]]) -> str:
@@ -118,22 +110,9 @@ def verdict(methods: dict[str, list[dict]]) -> str:
     return f"The cheapest method within the noise of the best is {said}."
 
 
-def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """-> the median milliseconds of each function; they take turns, so that a slow moment meets them all."""
-    times = {name: [] for name in functions}
-    for round in range(rounds + 2):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            finish()
-            if round >= 2:  # the first two warm up
-                times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def step(model: Decoder, adapters: list[nn.Module], batch: Batch, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
-    gradients(model, adapters, batch)
+    forward(model, adapters, batch).backward()
     optimizer.step()
 
 
@@ -149,7 +128,7 @@ def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
         source = torch.tensor([rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
         found[method] = {"trained": n_trained, "share": 100 * n_trained / sum(p.numel() for p in model.parameters())}
-        found[method] |= {"context": n_past, "training": 12 * n_trained}  # gradients, and the two averages that AdamW keeps
+        found[method] |= {"context": n_past, "new": n_new, "training": 12 * n_trained}  # gradients, and the two averages that AdamW keeps
         if trained:
             found[method]["activations"] = kept_for_backward(model, partial(forward, model, adapters, batch))
             steps[method] = partial(step, model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))
@@ -157,10 +136,10 @@ def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
         many[method] = partial(model.generate, source, n_new, past_kv)
         prefills[method] = torch.no_grad()(partial(stacked_past_kv, adapters, model))
     for key, functions in {"step": steps, "prefill": prefills, "one": one, "many": many}.items():
-        for method, ms in interleaved(functions, 15).items():
-            found[method][key] = ms
+        for method, seconds in interleaved(functions, 15).items():
+            found[method][key] = 1000 * statistics.median(seconds)
     for cells in found.values():
-        cells["token"] = (cells["many"] - cells["one"]) / (n_new - 1)
+        cells["token"] = (cells["many"] - cells["one"]) / (cells["new"] - 1)
     return found
 
 
@@ -220,14 +199,13 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give more than 0")
     tasks = [Task(name, None, None, args.steps or STEPS.get(name)) for name in args.task]
     tasks = [Task(Path(args.data).stem, args.data, args.val_data, args.steps)] if args.data else tasks
-    tasks = [task._replace(steps=2) for task in tasks] if args.quick else tasks
     rates = {(task, method): args.lr or best_rate(experiment, task, method) for task in tasks for method in METHODS}
     chosen = {task.name: {} for task in tasks}
     for (task, method), lr in rates.items():
         chosen[task.name][method] = [tuned(experiment, task, method, 1 + i, lr) for i in experiment.seeds]
     found = costs(experiment, tasks[0])
     verdicts = {name: verdict(methods) for name, methods in chosen.items()}
-    experiment.store(costs=found, verdicts=verdicts)
+    experiment.store(seeds=[1 + i for i in experiment.seeds], costs=found, verdicts=verdicts)
     text = f"Costs, on {tasks[0].name}:\n\n{cost_table(found)}\nShares of other models:\n\n{share_table()}\n"
     text += f"Quality on test data, mean [range] of {len(experiment.seeds)} seeds:\n\n{quality_table(chosen)}\n"
     text += "\n".join(f"{name}: {sentence}" for name, sentence in verdicts.items())

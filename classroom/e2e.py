@@ -10,9 +10,7 @@ that is not reported; test data are only scored. A run is stored in e2e.json whe
 stopped. The whole takes many hours on two cores: --parts and --seeds do it bit by bit.
 """
 
-import contextlib
 import hashlib
-import io
 import platform
 import random
 import statistics
@@ -20,9 +18,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, RECIPES, Experiment, band, colour, figure, forward, kept_for_backward, lowest, markdown
-from common import n_trainable, rate, spread
-from compare import interleaved, size as size_of, step
+from common import NAMES, RECIPES, Experiment, band, colour, figure, forward, interleaved, kept_for_backward, lowest
+from common import markdown, n_trainable, quietly_tuned, rate, spread
+from compare import size as size_of, step
 from lora import add_lora
 from torch import nn
 
@@ -74,6 +72,8 @@ PARTS = {
         for n in (50, 100, 200, 500)
     ],
 }
+AXES = {"length": ("size", "virtual tokens", "linear"), "examples": ("examples", "training examples", "log")}
+AXES |= {"demonstrations": ("size", "examples", "log")}  # of parts that are drawn: field, name and scale of the x axis
 
 
 def label(cell: Cell) -> str:
@@ -149,11 +149,8 @@ class E2E:
         model, adapters, rows = self.ready(cell, plan.seed)
         context = train.n_past(train.stacked_past_kv(adapters, model))
         record = {"trained": n_trainable(model, adapters) if plan.steps else 0, "context": context}
-        with contextlib.redirect_stdout(io.StringIO()), low_precision(model):
-            try:
-                (_, record["start"]), *_, (_, record["loss"]) = 2 * train.tune(model, adapters, rows, plan)
-            except train.Diverged:
-                record |= {"start": float("inf"), "loss": float("inf")}
+        with low_precision(model):
+            (_, record["start"]), *_, (_, record["loss"]) = 2 * quietly_tuned(model, adapters, rows, plan)
         if plan.seed != UNREPORTED:
             model.to(torch.bfloat16)
             record |= self.scores(model, adapters, "validation")
@@ -227,19 +224,13 @@ def costs(e2e: E2E) -> str:
         steps, found = {}, {}
         for cell in [cell for cell in e2e.cells("table") if cell.steps]:
             model, adapters, rows = e2e.ready(cell, 0)
-            batch = batch_of(rows["train"][:BATCH], model.device)
+            given = model, adapters, batch_of(rows["train"][:BATCH], model.device)
             trained = [p for part in (model, *adapters) for p in part.parameters() if p.requires_grad]
-
-            def one_step(of=(model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))) -> None:
-                with low_precision(of[0]):
-                    step(*of)
-
-            with low_precision(model):
-                kept = kept_for_backward(model, partial(forward, model, adapters, batch))
-            numbers, steps[label(cell)] = n_trainable(model, adapters), one_step
+            steps[label(cell)] = low_precision(model)(partial(step, *given, torch.optim.AdamW(trained, lr=1e-9)))
+            kept, numbers = kept_for_backward(model, low_precision(model)(partial(forward, *given))), n_trainable(*given[:2])
             found[label(cell)] = {"kept": kept, "optimizer": 8 * numbers, "disk": 4 * numbers}
-        for name, ms in interleaved(steps, 5).items():
-            found[name]["ms"] = ms
+        for name, seconds in interleaved(steps, 5).items():
+            found[name]["ms"] = 1000 * statistics.median(seconds)
         return {"costs": found}
 
     processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -249,32 +240,22 @@ def costs(e2e: E2E) -> str:
 
 
 def draw(e2e: E2E, part: str, axis: Any) -> None:
-    """One panel: BLEU against what a part varies."""
-    axis.set(title=part, ylabel="BLEU, validation data")
-
-    def line(cells: list[Cell], xs: list[float], name: str) -> None:
-        band(axis, xs, [e2e.measured(cell, "bleu") for cell in cells], name)
-
+    """One panel: BLEU on test data of the table, on validation data against what another part varies."""
+    axis.set(title=part, ylabel=f"BLEU, {'test' if part == 'table' else 'validation'} data")
     if part == "table":
-        axis.set(xlabel="numbers trained", ylabel="BLEU, test data", xscale="symlog")
+        axis.set(xlabel="numbers trained", xscale="symlog")
         for cell in e2e.cells(part):
-            scores = e2e.measured(cell, "test_bleu")
-            axis.plot(e2e.measured(cell, "trained"), scores, ".", label=label(cell), color=colour(label(cell)))
-    elif part == "length":
-        axis.set(xlabel="virtual tokens")
-        for method in ("soft_prompt", "prefix"):
-            cells = [cell for cell in e2e.cells(part) if cell.method == method]
-            line(cells, [cell.size for cell in cells], NAMES[method])
-    elif part == "examples":
-        axis.set(xlabel="training examples", xscale="log")
-        for method in dict.fromkeys(cell.method for cell in e2e.cells(part)):
-            cells = [cell for cell in e2e.cells(part) if cell.method == method]
-            line(cells, [cell.examples for cell in cells], NAMES[method])
-    else:
-        axis.set(xlabel="examples", xscale="log")
-        for steps, init in dict.fromkeys((cell.steps, cell.init) for cell in e2e.cells(part)):
-            cells = [cell for cell in e2e.cells(part) if (cell.steps, cell.init) == (steps, init)]
-            line(cells, [cell.size for cell in cells], f"{init}, {'trained' if steps else 'as it is'}")
+            points = e2e.measured(cell, "trained"), e2e.measured(cell, "test_bleu")
+            axis.plot(*points, ".", label=label(cell), color=colour(label(cell)))
+        return
+    x, xlabel, xscale = AXES[part]
+    axis.set(xlabel=xlabel, xscale=xscale)
+    lines: dict[str, list[Cell]] = {}
+    for cell in e2e.cells(part):
+        start = f"prefix from {cell.init}" * (cell.method == "prefix") + ", untrained" * (not cell.steps)
+        lines.setdefault(start if part == "demonstrations" else NAMES[cell.method], []).append(cell)
+    for name, cells in lines.items():
+        band(axis, [getattr(cell, x) for cell in cells], [e2e.measured(cell, "bleu") for cell in cells], name)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -295,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
         replace_file(experiment.out / f"e2e_{part}.md", text.encode())
         say(f"\n{part}\n\n{text}")
-    drawn = [part for part in parts if part in ("table", "length", "demonstrations", "examples")]
+    drawn = [part for part in parts if part == "table" or part in AXES]
     if drawn:
         figure(experiment.out / "e2e.png", lambda axes: [draw(e2e, *some) for some in zip(drawn, axes[0])], len(drawn))
 

@@ -21,7 +21,7 @@ import random
 import statistics
 from typing import Any, NamedTuple
 
-from common import NAMES, RECIPES, Experiment, colour, fit, lowest, n_trainable, prepared, rate, spread
+from common import NAMES, RECIPES, Experiment, colour, fit, lowest, n_trainable, rate, spread
 
 from command.process import run_command
 from data import Example
@@ -82,7 +82,7 @@ class Demand:
     def __init__(self, experiment: Experiment):
         few, self.experiment = experiment.args.few, experiment
         self.demands, self.steps = experiment.grid(FEW if few else DEMANDS), STEPS_OF_FEW if few else STEPS
-        self.sizes, passes = experiment.grid(SIZES if few else SIZES + USUAL), experiment.seeds[:1] if few else experiment.seeds
+        self.sizes, passes = experiment.grid(SIZES if few else SIZES + USUAL), experiment.seeds[: 1 if few else 3]
         bases = range(1 if experiment.args.quick else 3)
         self.seeds = [(b, (b + i) % 3, (b + 2 * i) % 3) for i in passes for b in bases]
 
@@ -93,9 +93,8 @@ class Demand:
         def measure() -> dict[str, Any]:
             sizes = {"train": 4000 if cell.N > 36 else 1000, "validation": 100, "test": 300}
             examples = {split: examples_of(*cell[:2], split, experiment.at_most or n, seeds[1]) for split, n in sizes.items()}
-            own = {"n_virtual": cell.size, "lr": lr, "steps": experiment.steps(self.steps), "batch_size": BATCH}
-            run = prepared(experiment.base(seeds[0]), experiment.device, examples, cell.method, seeds[2], **own)
-            run = run._replace(plan=run.plan._replace(eval_every=LOOK))
+            own = {"n_virtual": cell.size, "lr": lr, "steps": self.steps, "batch_size": BATCH, "looks": self.steps // LOOK}
+            run = experiment.prepared(examples, cell.method, seeds[2], experiment.base(seeds[0]), **own)
             curve, exact = fit(run)
             test = share(evaluate(run.model, run.adapters, run.rows["test"], 50)[1])
             return {"trained": n_trainable(run.model, run.adapters), "curve": curve, "exact": exact, "test": test}

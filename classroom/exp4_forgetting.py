@@ -9,9 +9,9 @@ there is nothing to undo.
 
 import random
 import statistics
-from functools import cache
+from functools import cache, partial
 
-from common import Experiment, Run, spread
+from common import Experiment, spread
 
 from command.process import run_command
 from data import encode
@@ -23,13 +23,8 @@ STATES = {"frozen": "frozen base", "full": "full fine-tuning", "on": "prefix on"
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    pairs = [Task("elicited", source, form) for source, forms in DOCUMENTS.items() for form in forms]
-    names = [f"{pair.source} → {pair.target}" for pair in pairs]
-    tokenizer, frozen = experiment.load()
-
-    @cache
-    def tuned(method: str, seed: int) -> Run:
-        return experiment.tuned("sentence", method, seed)
+    pairs = {f"{source} → {form}": Task("elicited", source, form) for source, forms in DOCUMENTS.items() for form in forms}
+    (tokenizer, frozen), tuned = experiment.load(), cache(partial(experiment.tuned, "sentence"))
 
     def measure(pair: Task, seed: int) -> dict[str, float]:
         rng, full, prefix = random.Random(seed), tuned("full", seed), tuned("prefix", seed)
@@ -38,19 +33,20 @@ def main(argv: list[str] | None = None) -> None:
         states = [(frozen, []), (full.model, []), (prefix.model, prefix.adapters), (prefix.model, [])]
         return dict(zip(STATES, (evaluate(*state, examples, 50)[0] for state in states)))
 
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in pairs}
     for seed in experiment.seeds:
-        for pair, name in zip(pairs, names):
-            experiment.once({"pair": name, "seed": seed}, lambda pair=pair, seed=seed: measure(pair, seed))
+        for name, pair in pairs.items():
+            runs[name].append(experiment.once({"pair": name, "seed": seed}, partial(measure, pair, seed)))
 
-    rows = [[name, *(spread(experiment.measured(state, pair=name), 3) for state in STATES)] for name in names]
-    others = [name for pair, name in zip(pairs, names) if pair.target != "sentence"]
-    by_seed = {state: zip(*(experiment.measured(state, pair=name) for name in others)) for state in STATES}
-    rows.append(["all with another target", *(spread(list(map(statistics.mean, by_seed[state])), 3) for state in STATES)])
+    rows = [[name, *(spread([run[state] for run in some], 3) for state in STATES)] for name, some in runs.items()]
+    others = list(zip(*(some for name, some in runs.items() if pairs[name].target != "sentence")))  # seed by seed
+    means = {state: [statistics.mean(run[state] for run in each) for each in others] for state in STATES}
+    rows.append(["all with another target", *(spread(means[state], 3) for state in STATES)])
 
     def draw(axes) -> None:
         for (state, label), marker in zip(STATES.items(), "os^x"):
-            means = [statistics.mean(experiment.measured(state, pair=name)) for name in names]
-            axes[0][0].plot(means, names, marker, label=label)
+            seen = [statistics.mean(run[state] for run in some) for some in runs.values()]
+            axes[0][0].plot(seen, list(runs), marker, label=label)
         axes[0][0].set(xlabel="validation loss, nats per token", xscale="log", title="trained for table → sentence")
         axes[0][0].invert_yaxis()
         axes[0][0].grid(axis="y", alpha=0.3)

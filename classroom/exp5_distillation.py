@@ -86,7 +86,7 @@ class Distillation:
         rows = rows if way == TAUGHT else [Row(self.text[:1], self.text[1:])]
         plan = Plan(self.experiment.steps(STEPS) if lr else 0, lr, BATCH, seed, 1, 1)
         optimizer = torch.optim.AdamW(prefix.parameters(), weight_decay=0.0)
-        for step, some in enumerate(islice(shuffled_batches(rows, BATCH, seed), plan.steps), start=1):
+        for step, some in enumerate(islice(shuffled_batches(rows, min(BATCH, len(rows)), seed), plan.steps), start=1):
             optimizer.param_groups[0]["lr"] = plan.rate(step)
             optimizer.zero_grad()
             if way == TAUGHT:

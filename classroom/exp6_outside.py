@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import Experiment, attention, colour, fit, lowest, n_trainable, prepared, rate, spread
+from common import Experiment, attention, colour, fit, lowest, n_trainable, rate, spread
 from torch import Tensor, nn
 
 from command.process import run_command
@@ -35,8 +35,8 @@ class Outside(nn.Module):
 
     def __init__(self, model: Decoder):
         super().__init__()
-        *_, H, D = model.kv_shape(1)
-        self.matrices = nn.Parameter(torch.zeros(len(model.h), H, D, D, device=model.device))
+        (_, L, *_, D), self.family = model.kv_shape(1), type(model.h[0].attn).__module__
+        self.matrices = nn.Parameter(torch.zeros(L, model.config.n_head, D, D, device=model.device))
 
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache | None:
         return past_kv  # nothing of it is in the cache
@@ -49,7 +49,7 @@ class Outside(nn.Module):
         def added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v) + (F.elu(q) + 1) @ self.matrices[next(layers)]
 
-        with mock.patch.object(sys.modules[Decoder.__module__], "attend", added):
+        with mock.patch.object(sys.modules[self.family], "attend", added):
             yield
 
 
@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
 
     def measure(place: str, task: str, seed: int, lr: float) -> dict[str, Any]:
-        examples = {split: some[: experiment.at_most] for split, some in load_examples(task, None, None, seed).items()}
-        own = {"n_virtual": P, "lr": lr, "steps": experiment.steps(STEPS), "looks": 12}
-        run = prepared(experiment.args.base, experiment.device, examples, "prefix", seed, **own)
+        own = {"n_virtual": P, "lr": lr, "steps": STEPS, "looks": 12}
+        run = experiment.prepared(load_examples(task, None, None, seed), "prefix", seed, **own)
         if place == "outside":
             run = run._replace(adapters=[Outside(run.model)])
         with run.adapters[0].acting() if place == "outside" else nullcontext():

@@ -20,7 +20,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows product
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-from common import data, finish, forward, gradients, kept_by_formula, kept_for_backward, train, write_json  # noqa: E402
+from common import data, forward, interleaved, kept_by_formula, kept_for_backward, train, write_json  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from command.process import pick_device  # noqa: E402
@@ -115,24 +114,14 @@ def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
     return lambda: model(input_ids=idx, labels=labels).loss
 
 
-def their_gradients(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
-    loss_of = their_loss(model, rows)
-
-    def backward() -> Tensor:
-        loss = loss_of()
-        loss.backward()
-        return loss
-
-    return backward
-
-
-def step(trained: nn.Module, backward: Callable[[], Tensor]) -> Callable[[], float]:
+def step(trained: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
     """-> one training step: forward, backward, AdamW on what is trainable."""
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
     def one() -> float:
         optimizer.zero_grad()
-        loss = backward()
+        loss = loss_of()
+        loss.backward()
         optimizer.step()
         return loss.item()
 
@@ -172,20 +161,10 @@ def floor(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[]
 
 
 def seconds(contestants: dict[object, Callable[[], object]], turns: int = 15) -> tuple[dict[object, float], float]:
-    """-> the median time of each, and how far the quartiles of the first lie apart, as a share of it.
-
-    After two turns to warm up. They take turns, so that a slow moment of the machine meets them all.
-    """
-    times = {name: [] for name in contestants}
-    for _ in range(2 + turns):
-        for name, run in contestants.items():
-            finish()
-            begin = time.perf_counter()
-            run()
-            finish()
-            times[name].append(time.perf_counter() - begin)
-    low, middle, high = quantiles(next(iter(times.values()))[2:], n=4)
-    return {name: median(taken[2:]) for name, taken in times.items()}, (high - low) / middle
+    """-> the median time of each, and how far the quartiles of the first lie apart, as a share of it."""
+    times = interleaved(contestants, turns)
+    low, middle, high = quantiles(next(iter(times.values())), n=4)
+    return {name: median(taken) for name, taken in times.items()}, (high - low) / middle
 
 
 def peak(side: str, directory: Path, size: str, method: str, P: int, B: int) -> float:
@@ -198,10 +177,10 @@ def peak_of_this_process(side: str, directory: str, size: str, method: str, P: s
     rows = random_rows(size, int(B))
     if side == "here":
         model, trained = ours(Path(directory), method, int(P))
-        one = step(trained, partial(gradients, model, [trained], data.batch_of(rows, DEVICE)))
+        one = step(trained, partial(forward, model, [trained], data.batch_of(rows, DEVICE)))
     else:
         trained = theirs(Path(directory), method, P=int(P))
-        one = step(trained, their_gradients(trained, rows))
+        one = step(trained, their_loss(trained, rows))
     for _ in range(3):
         one()
     if CUDA:
@@ -241,17 +220,16 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
         directory = base_directory(root, size, dtype)
         model, adapter = ours(directory, method, P)
         peer = theirs(directory, method, adapter)
-        sides = partial(gradients, model, [adapter], batch), their_gradients(peer, rows)
-        a, b = (backward().item() for backward in sides)
+        sides = partial(forward, model, [adapter], batch), their_loss(peer, rows)
+        a, b = (loss_of().item() for loss_of in sides)
         assert abs(a - b) < (1e-4 if dtype == FLOAT32 else 2e-2) * b, f"losses differ: {a} here, {b} in PEFT"
         contestants["here", dtype], contestants["peft", dtype] = map(step, (adapter, peer), sides)
         contestants["floor", dtype] = floor(shapes, dtype)
-        ways = (model, partial(forward, model, [adapter], batch)), (peer, their_loss(peer, rows))
-        kept[dtype] = [kept_for_backward(*way) / 1e6 for way in ways]
+        kept[dtype] = [kept_for_backward(*way) / 1e6 for way in zip((model, peer), sides)]
     taken, spread = seconds(contestants)
     if P == 20:
         whole = load_base(base_directory(root, size, FLOAT32)).to(DEVICE)
-        pair = {"here": contestants["here", FLOAT32], "full": step(whole, partial(gradients, whole, [], batch))}
+        pair = {"here": contestants["here", FLOAT32], "full": step(whole, partial(forward, whole, [], batch))}
         against_full, _ = seconds(pair)
     for dtype in kept:
         name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
@@ -313,7 +291,7 @@ def grow(table: Table, root: Path, sizes: list[str]) -> None:
             make_base(root, at["size"])
         model, adapter = ours(base_directory(root, at["size"], FLOAT32), at["method"], at["P"])
         batch = data.batch_of(random_rows(at["size"], at["B"], at["T"]), DEVICE)
-        contestants = {"here": step(adapter, partial(gradients, model, [adapter], batch))}
+        contestants = {"here": step(adapter, partial(forward, model, [adapter], batch))}
         contestants["floor"] = floor(products(**at), FLOAT32)
         taken, spread = seconds(contestants, turns=5 if at["T"] <= 1000 else 3)
         x = sum(p.numel() for p in model.parameters()) if axis == "size" else value

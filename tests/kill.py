@@ -8,7 +8,6 @@ After each kill, whatever lies there must load. All that a kill may leave behind
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys

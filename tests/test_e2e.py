@@ -110,7 +110,7 @@ def test_a_model_that_is_trained_in_low_precision_is_trained(files, base, tmp_pa
 def test_the_table_of_the_readme_shows_the_stored_runs():
     """Until the whole is measured, seed by seed."""
     runs = json.loads((RESULTS / "e2e.json").read_text(encoding="utf-8"))["runs"]
-    page = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split("### E2E")[1]
+    page = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split("## On real language")[1].split("\n## ")[0]
     lines = [line for line in page.splitlines() if line.startswith("| ")][2:]
     found = {cell: [run for run in runs if cell._asdict().items() <= run.items() and "test_bleu" in run] for cell in e2e.PARTS["table"]}
     cells = {cell: some for cell, some in found.items() if some}
