@@ -86,7 +86,8 @@ def kept_by_formula(model: Decoder, P: int, B: int, T: int, soft: bool) -> int:
     """-> the README's estimate of `kept_for_backward` in float32: B rows of T positions that are read, P virtual tokens."""
     c, (_, L, _, K, D) = model.config, model.kv_shape(P)
     a_position = 4 * c.n_embd + 2 * K * D + 3 * c.n_inner if isinstance(model, Llama) else 10 * c.n_embd
-    return 4 * L * (B * (T * a_position + P * 2 * K * D) + (P * a_position if soft else 0))
+    mask = T * (P + T) * c.n_head // K  # one for all layers
+    return 4 * L * (B * (T * a_position + P * 2 * K * D) + (P * a_position if soft else 0)) + 4 * mask
 
 
 def lowest(loss: Callable[[int], float]) -> int:

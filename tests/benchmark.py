@@ -282,8 +282,8 @@ def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> No
 def grow(table: Table, root: Path, sizes: list[str]) -> None:
     """A step in float32 of SmolLM2's size, along one axis at a time from P 20, T 75, batch 10 (of long texts: 1), and on models
     of other sizes; and how fast the small base is made."""
-    axes = {"P": (1, 16, 64, 256, 1000), "P, soft prompt": (1, 16, 64, 256, 1000), "T": (75, 300, 1000, 4000, 8000)}
-    axes |= {"B": (1, 4, 16, 64), "size": sizes}
+    P = (1, 16, 64, 256, 1000)
+    axes = {"P": P, "P, soft prompt": P, "B": (1, 4, 16, 64), "size": sizes, "T": (75, 300, 1000, 4000, 8000)}  # by memory
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
         at = {"size": "135M", "P": 20, "T": SOURCE + TARGET, "B": 1 if axis == "T" else 10} | {axis.split(",")[0]: value}
         at["method"] = "soft_prompt" if "soft" in axis else "prefix"

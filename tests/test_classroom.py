@@ -59,7 +59,7 @@ def test_what_is_kept_for_backward_is_counted_once_and_without_weights(gpt2):
 @pytest.mark.parametrize("B, T, P", [(10, 75, 20), (8, 75, 60), (4, 120, 5)])
 def test_what_is_kept_for_backward_is_as_the_readme_says(kind, B, T, P):
     """In each layer, for a position of the text 10·C numbers of GPT-2 and 4·C + 2·K·D + 3·I of a Llama, for a virtual token
-    2·K·D in each row; a soft prompt's are text once a batch. To some percent: the mask and the loss have more."""
+    2·K·D in each row; a soft prompt's are text once a batch. All layers share one mask. To some percent: the loss has more."""
     gpt2, llama = GPT(GPTConfig(500, 220, 4, 4, 256)), Llama(LlamaConfig(500, 220, 4, 4, 2, 256, 640, 64, 1e4, 1e-5))
     for model in (gpt2, llama):
         rows = [Row(random_ids(T // 2, seed=i).tolist(), random_ids(T + 1 - T // 2, seed=i).tolist()) for i in range(B)]
