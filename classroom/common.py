@@ -164,9 +164,9 @@ def colour(label: str) -> str:
     return f"C{list(NAMES.values()).index(method)}"
 
 
-def band(axis: Any, xs: list[float], columns: list[list[float]], label: str) -> None:
+def band(axis: Any, xs: list[float], columns: list[list[float]], label: str, style: str = ".-") -> None:
     """Draws a line through the mean of each column, and a band from its least value to its greatest."""
-    axis.plot(xs, [statistics.mean(column) for column in columns], marker=".", label=label, color=colour(label))
+    axis.plot(xs, [statistics.mean(column) for column in columns], style, label=label, color=colour(label))
     axis.fill_between(xs, list(map(min, columns)), list(map(max, columns)), color=colour(label), alpha=0.2)
 
 

@@ -255,7 +255,9 @@ def draw(e2e: E2E, part: str, axis: Any) -> None:
         start = f"prefix from {cell.init}" * (cell.method == "prefix") + ", untrained" * (not cell.steps)
         lines.setdefault(start if part == "demonstrations" else NAMES[cell.method], []).append(cell)
     for name, cells in lines.items():
-        band(axis, [getattr(cell, x) for cell in cells], [e2e.measured(cell, "bleu") for cell in cells], name)
+        style = ("." if cells[0].steps else "x") + ("--" if cells[0].init == "other text" else "-")
+        band(axis, [getattr(cell, x) for cell in cells], [e2e.measured(cell, "bleu") for cell in cells], name, style)
+    axis.legend(fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> None:
