@@ -130,7 +130,7 @@ MISTAKES = {
         ("read only what is new", "self.wte(new)", "self.wte(idx)"),
         ("use the last position", "(hidden[:, -1] @", "(hidden[:, 0] @"),
         ("self.wte of ids", "self.wte(new)", "new"),
-        ("The temperature is not used", "if temperature > 0:", "if False:"),
+        ("The temperature is not used", "if temperature > 1e-6:", "if False:"),
         ("not multiplied", "logits / temperature", "logits * temperature"),
         ("top_k is not used", "if top_k is not None:", "if False:"),
         ("not until one is", "if done.all():", "if done.any():"),

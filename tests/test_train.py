@@ -47,7 +47,7 @@ CHECKPOINT = "checkpoint.safetensors"
 def run(base, *flags, out=None, steps=3):
     """main on those forty examples, unless flags name others."""
     common = ["--base", base, "--device", "cpu", "--steps", str(steps), "--batch-size", "4"]
-    common += [] if "--data" in flags or "--task" in flags else ["--data", str(Path(base).parent / "forty.jsonl")]
+    common += [] if {"--data", "--task", "pretrain"} & set(flags) else ["--data", str(Path(base).parent / "forty.jsonl")]
     return train.main([*common, *map(str, flags), *(["--out", str(out)] if out else [])])
 
 
