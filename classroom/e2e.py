@@ -106,6 +106,8 @@ class E2E:
             for record, sentence in pairs:
                 sentences = self.references["validation" if part == "train" and record in held_out else part]
                 sentences.setdefault(record, []).append(sentence)
+        known, test_records = {slot for record in records for slot in record.split(" | ")}, self.references["test"]
+        self.new = train.share([not known.issuperset(record.split(" | ")) for record in test_records])
         self.rows = {}
         for part, most in (("train", None), ("validation", 4), ("test", 1)):  # a loss needs less than all sentences of a record
             pairs = [(record, text) for record, texts in self.references[part].items() for text in texts[:most]]
@@ -278,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
         replace_file(experiment.out / f"e2e_{part}.md", text.encode())
         say(f"\n{part}\n\n{text}")
+    say(f"{e2e.new:.0f} % of the test records have a value that no record of --data has")
     drawn = [part for part in parts if part == "table" or part in AXES]
     if drawn:
         figure(experiment.out / "e2e.png", lambda axes: [draw(e2e, *some) for some in zip(drawn, axes[0])], len(drawn))

@@ -115,7 +115,7 @@ def test_the_table_of_the_readme_shows_the_stored_runs():
     found = {cell: [run for run in runs if cell._asdict().items() <= run.items() and "test_bleu" in run] for cell in e2e.PARTS["table"]}
     cells = {cell: some for cell, some in found.items() if some}
     for some in cells.values():
-        scores = (", ".join(f"{run[f'test_{key}']:.1f}" for run in some) for key in ("bleu", "slots"))
+        scores = (", ".join(f"{run[key]:.1f}" for run in some) for key in ("bleu", "test_bleu", "slots", "test_slots"))
         end = f"| {some[0]['trained']:,} | " + " | ".join(scores) + " |"
         assert sum(line.endswith(end) for line in lines) == 1, end
     assert len(lines) == len(cells)
