@@ -58,19 +58,24 @@ CUDA = DEVICE.type == "cuda"
 # ------------------------------------------------------------------------------------------------------ what is compared
 
 
+def random_model(size: str) -> Decoder:
+    torch.manual_seed(0)
+    model = Llama(SIZES[size]) if isinstance(SIZES[size], LlamaConfig) else GPT(SIZES[size])
+    for parameter in model.parameters() if isinstance(model, Llama) else []:
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.04)
+    return model
+
+
 def make_base(root: Path, size: str) -> None:
     """Random weights, in each dtype in which they are used; a Llama's config as transformers writes it."""
-    torch.manual_seed(0)
-    c, llama = SIZES[size], isinstance(SIZES[size], LlamaConfig)
+    c, model = SIZES[size], random_model(size)
+    llama = isinstance(model, Llama)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} if llama else None
     if llama:
         config |= {"vocab_size": c.vocab_size, "max_position_embeddings": c.block_size, "num_hidden_layers": c.n_layer}
         config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "hidden_size": c.n_embd}
         config |= {"intermediate_size": c.n_inner, "head_dim": c.head_dim, "rope_theta": c.rope_theta, "rms_norm_eps": c.rms_norm_eps}
-    model = Llama(c) if llama else GPT(c)
-    for parameter in model.parameters() if llama else []:
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.04)
     for dtype in (FLOAT32, BFLOAT16):
         save_base(model.to(dtype), base_directory(root, size, dtype), config)
 
@@ -79,9 +84,9 @@ def base_directory(root: Path, size: str, dtype: torch.dtype) -> Path:
     return root / f"{size}-{dtype}"
 
 
-def ours(directory: Path, method: str, P: int) -> tuple[Decoder, nn.Module]:
+def ours(base: Path | Decoder, method: str, P: int) -> tuple[Decoder, nn.Module]:
     """-> our base, frozen, and an adapter of random numbers on it."""
-    model = load_base(directory).to(DEVICE).freeze()
+    model = (load_base(base) if isinstance(base, Path) else base).to(DEVICE).freeze()
     (kind,) = train.RECIPES[method].adapters
     return model, kind.random(model, P, torch.Generator().manual_seed(0))
 
@@ -279,26 +284,27 @@ def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> No
         table.add(f"{name}: another prefix", "ms", 1e3 * taken["switch"], spread=spread)
 
 
+def grow_to(table: Table, axis: str, value: int | str) -> None:
+    """A step in float32 of SmolLM2's size with P 20, T 75, batch 10 (of long texts: 1), but for one of these, or the size."""
+    at = {"size": "135M", "P": 20, "T": SOURCE + TARGET, "B": 1 if axis == "T" else 10} | {axis.split(",")[0]: value}
+    at["method"] = "soft_prompt" if "soft" in axis else "prefix"
+    model, adapter = ours(random_model(at["size"]), at["method"], at["P"])
+    batch = data.batch_of(random_rows(at["size"], at["B"], at["T"]), DEVICE)
+    contestants = {"here": step(adapter, partial(forward, model, [adapter], batch)), "floor": floor(products(**at), FLOAT32)}
+    taken, spread = seconds(contestants, turns=5 if at["T"] <= 1000 else 3)
+    x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
+    kept = {"kept_mb": kept_for_backward(model, partial(forward, model, [adapter], batch)) / 1e6}
+    kept["formula_mb"] = kept_by_formula(model, at["P"], at["B"], at["T"] - 1, "soft" in axis) / 1e6
+    more = {"axis": axis, "x": x} | kept | {"spread": spread}
+    table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **more)
+
+
 def grow(table: Table, root: Path, sizes: list[str]) -> None:
-    """A step in float32 of SmolLM2's size, along one axis at a time from P 20, T 75, batch 10 (of long texts: 1), and on models
-    of other sizes; and how fast the small base is made."""
+    """How a step grows along one axis at a time, and how fast the small base is made."""
     P = (1, 16, 64, 256, 1000)
     axes = {"P": P, "P, soft prompt": P, "B": (1, 4, 16, 64), "size": sizes, "T": (75, 300, 1000, 4000, 8000)}  # by memory
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
-        at = {"size": "135M", "P": 20, "T": SOURCE + TARGET, "B": 1 if axis == "T" else 10} | {axis.split(",")[0]: value}
-        at["method"] = "soft_prompt" if "soft" in axis else "prefix"
-        if not (root / f"{at['size']}-{FLOAT32}").exists():
-            make_base(root, at["size"])
-        model, adapter = ours(base_directory(root, at["size"], FLOAT32), at["method"], at["P"])
-        batch = data.batch_of(random_rows(at["size"], at["B"], at["T"]), DEVICE)
-        contestants = {"here": step(adapter, partial(forward, model, [adapter], batch))}
-        contestants["floor"] = floor(products(**at), FLOAT32)
-        taken, spread = seconds(contestants, turns=5 if at["T"] <= 1000 else 3)
-        x = sum(p.numel() for p in model.parameters()) if axis == "size" else value
-        kept = {"kept_mb": kept_for_backward(model, partial(forward, model, [adapter], batch)) / 1e6}
-        kept["formula_mb"] = kept_by_formula(model, at["P"], at["B"], at["T"] - 1, "soft" in axis) / 1e6
-        more = {"axis": axis, "x": x} | kept | {"spread": spread}
-        table.add(f"growth, {axis} = {value}: step", "ms", 1e3 * taken["here"], floor=1e3 * taken["floor"], **more)
+        grow_to(table, axis, value)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         recipe = train.RECIPES["pretrain"]
         pretrain(root / "pretrained", [], steps=40, lr=recipe.lr, batch_size=16, seed=0, device=DEVICE)
