@@ -35,8 +35,8 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=1)  # one for all layers: until the backward pass, each would keep its own T · S numbers
 @torch.inference_mode(False)  # made in inference mode, it could not be kept for a backward pass
 def score_mask(T: int, S: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-> (repeats · T, S), to be added to scores; `repeats` is of queries that share their keys (see attend)."""
-    return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()  # log 1 = 0, log 0 = -∞
+    """-> (repeats · T, S), to be added to scores: 0 where a query may look, -∞ where not. Heads that share keys repeat it."""
+    return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()  # log 1 and log 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

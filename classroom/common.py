@@ -279,7 +279,7 @@ class Experiment:
     def tuned(self, task: str, method: str, seed: int, n_virtual: int | None = None) -> Run:
         """-> a run after its training, on 1000 examples of a task."""
         run = self.prepared(train.load_examples(task, None, None, seed), method, seed, n_virtual=n_virtual)
-        (_, start), *_, (_, loss) = quietly_tuned(*run[:4])
+        (_, start), *_, (_, loss) = quietly_tuned(run.model, run.adapters, run.rows, run.plan)
         _, exact = train.evaluate(run.model, run.adapters, run.rows["validation"], 50)
         what = f"{task}, {method}, seed {seed}: validation loss {start:.3f} -> {loss:.4f}"
         say(f"{time.perf_counter() - self.begin:4.0f} s  {what}")

@@ -128,7 +128,8 @@ def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
         source = torch.tensor([rows["test"][0].source], device=model.device)
         n_new = min(33, model.config.block_size + 1 - n_past - source.size(1))
         found[method] = {"trained": n_trained, "share": 100 * n_trained / sum(p.numel() for p in model.parameters())}
-        found[method] |= {"context": n_past, "new": n_new, "training": 12 * n_trained}  # gradients, and the two averages that AdamW keeps
+        found[method] |= {"context": n_past, "new": n_new}
+        found[method]["training"] = 12 * n_trained  # gradients, and the two averages that AdamW keeps
         if trained:
             found[method]["activations"] = kept_for_backward(model, partial(forward, model, adapters, batch))
             steps[method] = partial(step, model, adapters, batch, torch.optim.AdamW(trained, lr=1e-9))

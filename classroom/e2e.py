@@ -106,8 +106,8 @@ class E2E:
             for record, sentence in pairs:
                 sentences = self.references["validation" if part == "train" and record in held_out else part]
                 sentences.setdefault(record, []).append(sentence)
-        known, test_records = {slot for record in records for slot in record.split(" | ")}, self.references["test"]
-        self.new = train.share([not known.issuperset(record.split(" | ")) for record in test_records])
+        known = {slot for record in records for slot in record.split(" | ")}
+        self.with_new_values = train.share([not known.issuperset(record.split(" | ")) for record in self.references["test"]])
         self.rows = {}
         for part, most in (("train", None), ("validation", 4), ("test", 1)):  # a loss needs less than all sentences of a record
             pairs = [(record, text) for record, texts in self.references[part].items() for text in texts[:most]]
@@ -229,7 +229,8 @@ def costs(e2e: E2E) -> str:
             given = model, adapters, batch_of(rows["train"][:BATCH], model.device)
             trained = [p for part in (model, *adapters) for p in part.parameters() if p.requires_grad]
             steps[label(cell)] = low_precision(model)(partial(step, *given, torch.optim.AdamW(trained, lr=1e-9)))
-            kept, numbers = kept_for_backward(model, low_precision(model)(partial(forward, *given))), n_trainable(*given[:2])
+            kept = kept_for_backward(model, low_precision(model)(partial(forward, *given)))
+            numbers = n_trainable(model, adapters)
             found[label(cell)] = {"kept": kept, "optimizer": 8 * numbers, "disk": 4 * numbers}
         for name, seconds in interleaved(steps, 5).items():
             found[name]["ms"] = 1000 * statistics.median(seconds)
@@ -254,8 +255,10 @@ def draw(e2e: E2E, part: str, axis: Any) -> None:
     axis.set(xlabel=xlabel, xscale=xscale)
     lines: dict[str, list[Cell]] = {}
     for cell in e2e.cells(part):
-        start = f"prefix from {cell.init}" * (cell.method == "prefix") + ", untrained" * (not cell.steps)
-        lines.setdefault(start if part == "demonstrations" else NAMES[cell.method], []).append(cell)
+        name = NAMES[cell.method]
+        if part == "demonstrations":
+            name += f" from {cell.init}" + ", untrained" * (not cell.steps)
+        lines.setdefault(name, []).append(cell)
     for name, cells in lines.items():
         style = ("." if cells[0].steps else "x") + ("--" if cells[0].init == "other text" else "-")
         band(axis, [getattr(cell, x) for cell in cells], [e2e.measured(cell, "bleu") for cell in cells], name, style)
@@ -280,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
         replace_file(experiment.out / f"e2e_{part}.md", text.encode())
         say(f"\n{part}\n\n{text}")
-    say(f"{e2e.new:.0f} % of the test records have a value that no record of --data has")
+    say(f"{e2e.with_new_values:.0f} % of the test records have a value that no record of --data has")
     drawn = [part for part in parts if part == "table" or part in AXES]
     if drawn:
         figure(experiment.out / "e2e.png", lambda axes: [draw(e2e, *some) for some in zip(drawn, axes[0])], len(drawn))

@@ -24,7 +24,8 @@ STATES = {"frozen": "frozen base", "full": "full fine-tuning", "on": "prefix on"
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
     pairs = {f"{source} → {form}": Task("elicited", source, form) for source, forms in DOCUMENTS.items() for form in forms}
-    (tokenizer, frozen), tuned = experiment.load(), cache(partial(experiment.tuned, "sentence"))
+    tokenizer, frozen = experiment.load()
+    tuned = cache(partial(experiment.tuned, "sentence"))
 
     def measure(pair: Task, seed: int) -> dict[str, float]:
         rng, full, prefix = random.Random(seed), tuned("full", seed), tuned("prefix", seed)

@@ -35,7 +35,8 @@ class Outside(nn.Module):
 
     def __init__(self, model: Decoder):
         super().__init__()
-        (_, L, *_, D), self.family = model.kv_shape(1), type(model.h[0].attn).__module__
+        _, L, _, _, D = model.kv_shape(1)
+        self.family = type(model.h[0].attn).__module__  # where its attention looks up `attend`
         self.matrices = nn.Parameter(torch.zeros(L, model.config.n_head, D, D, device=model.device))
 
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache | None:

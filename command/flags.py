@@ -130,7 +130,10 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.n_virtual and init not in STARTS, f"--n-virtual with --init {init}: a trained adapter keeps its length"),
         (args.mid_dim and method not in ("prefix", "both"), f"--mid-dim goes with a prefix, not with --method {method}"),
         (args.corpus and method != "pretrain", f"--corpus goes with --method pretrain, not {method}"),
-        (args.patience and method in ("none", "pretrain"), f"--patience ends the tuning of an adapter or a model: --method {method} has none"),
+        (
+            args.patience and method in ("none", "pretrain"),
+            f"--patience ends the tuning of an adapter or a model: --method {method} has none",
+        ),
         (
             method == "pretrain" and (args.adapter or args.data is not None or args.prompt is not None or args.task),
             "--method pretrain reads --corpus and makes a base: give no --task, --data, --adapter or --prompt",

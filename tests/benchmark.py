@@ -5,9 +5,9 @@
     python tests/benchmark.py --growth                how time and memory grow with P, T, B and the model; a figure, with matplotlib
 
 Needs the peers: pip install -r tests/requirements.txt. On a GPU: batches of 32, into tests/benchmark-<gpu>.json.
-A time is the median of 15 turns, of 5 for growth, of 3 for texts above 1,000 tokens, in each of which all that is compared takes
-part. The *floor* is the time of just the matrix products that a step cannot avoid: what it takes beyond them is attention,
-norms, GELU, loss, AdamW and Python.
+A time is the median of 15 turns, of 5 for growth, of 3 for texts above 1,000 tokens, in each of which all that is compared
+takes part. The *floor* is the time of just the matrix products that a step cannot avoid: what it takes beyond them is
+attention, norms, GELU, loss, AdamW and Python.
 """
 
 import argparse
@@ -84,10 +84,10 @@ def base_directory(root: Path, size: str, dtype: torch.dtype) -> Path:
     return root / f"{size}-{dtype}"
 
 
-def ours(base: Path | Decoder, method: str, P: int) -> tuple[Decoder, nn.Module]:
-    """-> our base, frozen, and an adapter of random numbers on it."""
-    model = (load_base(base) if isinstance(base, Path) else base).to(DEVICE).freeze()
+def ours(model: Decoder, method: str, P: int) -> tuple[Decoder, nn.Module]:
+    """-> a model of ours, frozen, and an adapter of random numbers on it."""
     (kind,) = train.RECIPES[method].adapters
+    model = model.to(DEVICE).freeze()
     return model, kind.random(model, P, torch.Generator().manual_seed(0))
 
 
@@ -181,7 +181,7 @@ def peak(side: str, directory: Path, size: str, method: str, P: int, B: int) -> 
 def peak_of_this_process(side: str, directory: str, size: str, method: str, P: str, B: str) -> float:
     rows = random_rows(size, int(B))
     if side == "here":
-        model, trained = ours(Path(directory), method, int(P))
+        model, trained = ours(load_base(directory), method, int(P))
         one = step(trained, partial(forward, model, [trained], data.batch_of(rows, DEVICE)))
     else:
         trained = theirs(Path(directory), method, P=int(P))
@@ -223,7 +223,7 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
     batch, contestants, kept = data.batch_of(rows, DEVICE), {}, {}
     for dtype in (FLOAT32, BFLOAT16):
         directory = base_directory(root, size, dtype)
-        model, adapter = ours(directory, method, P)
+        model, adapter = ours(load_base(directory), method, P)
         peer = theirs(directory, method, adapter)
         sides = partial(forward, model, [adapter], batch), their_loss(peer, rows)
         a, b = (loss_of().item() for loss_of in sides)
@@ -255,7 +255,7 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
 
 def compare_generation(table: Table, root: Path, size: str, P: int) -> None:
     """Greedy tokens a second behind a prefix; PEFT in float32 is the measure of both dtypes here."""
-    models = {dtype: ours(base_directory(root, size, dtype), "prefix", P) for dtype in (FLOAT32, BFLOAT16)}
+    models = {dtype: ours(load_base(base_directory(root, size, dtype)), "prefix", P) for dtype in (FLOAT32, BFLOAT16)}
     peer = theirs(base_directory(root, size, FLOAT32), "prefix", models[FLOAT32][1])
     for B in (1, 16):
         idx = torch.tensor([row.source for row in random_rows(size, B)], device=DEVICE)
@@ -271,7 +271,7 @@ def compare_generation(table: Table, root: Path, size: str, P: int) -> None:
 def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> None:
     """Generation with another prefix for each row against one for all of them; and what it takes to put a saved one in place."""
     for dtype in (FLOAT32, BFLOAT16):
-        model = ours(base_directory(root, size, dtype), "prefix", P)[0]
+        model = ours(load_base(base_directory(root, size, dtype)), "prefix", P)[0]
         prefixes = [train.Prefix.random(model, P, torch.Generator().manual_seed(i)) for i in range(B)]
         idx = torch.tensor([row.source for row in random_rows(size, B)], device=DEVICE)
         with torch.no_grad():
