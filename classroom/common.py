@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import math
+import platform
+import re
 import statistics
 import sys
 import time
@@ -107,6 +109,15 @@ def rate(middle: float, power: int) -> float:
     return float(f"{middle * 3.0**power:.2g}")
 
 
+def machine(device: torch.device) -> str:
+    """-> what computes, in its own words: figures hold for one kind."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    linux = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", linux.read_text())[1].strip() if linux.exists() else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def interleaved(functions: dict[Any, Callable[[], object]], turns: int) -> dict[Any, list[float]]:
     """-> the seconds of each function in each turn. They take turns, so that a slow moment meets them all; two more warm up."""
     times = {name: [] for name in functions}
@@ -150,9 +161,11 @@ def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
     except ImportError:
         say(f"no figure: pip install -r {Path(__file__).parent / 'requirements.txt'} for {path}")
         return
-    figure, axes = pyplot.subplots(1, columns, figsize=(4 * columns, 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(max(6, 4 * columns), 4), squeeze=False, layout="constrained")
     draw(axes)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 1 else 1)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3 if columns > 1 else 2)
     figure.savefig(path, dpi=150)  # for a projector
     pyplot.close(figure)
     say(f"figure: {path}")

@@ -11,7 +11,6 @@ stopped. The whole takes many hours on two cores: --parts and --seeds do it bit 
 """
 
 import hashlib
-import platform
 import random
 import statistics
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import NAMES, RECIPES, Experiment, band, colour, figure, forward, interleaved, kept_for_backward, lowest
-from common import markdown, n_trainable, quietly_tuned, rate, spread
+from common import machine, markdown, n_trainable, quietly_tuned, rate, spread
 from compare import size as size_of, step
 from lora import add_lora
 from torch import nn
@@ -57,6 +56,7 @@ class Cell(NamedTuple):
     steps: int = STEPS
 
 
+SCORES = {"bleu": "BLEU", "chrf": "chrF", "slots": "slots %"}
 LONG = ("examples", "other text")
 PARTS = {
     # The usual sizes of the papers; four times 115,200 numbers on SmolLM2-135M; LoRA's usual size; all numbers
@@ -150,7 +150,8 @@ class E2E:
         """Trains a cell -> its losses on the validation data before and after, and with a reported seed its scores."""
         model, adapters, rows = self.ready(cell, plan.seed)
         context = train.n_past(train.stacked_past_kv(adapters, model))
-        record = {"trained": n_trainable(model, adapters) if plan.steps else 0, "context": context}
+        record = {"machine": machine(model.device), "trained": n_trainable(model, adapters) if plan.steps else 0}
+        record["context"] = context
         with low_precision(model):
             (_, record["start"]), *_, (_, record["loss"]) = 2 * quietly_tuned(model, adapters, rows, plan)
         if plan.seed != UNREPORTED:
@@ -197,17 +198,17 @@ def low_precision(model: Decoder) -> Any:
 
 
 def table(e2e: E2E, part: str) -> str:
-    """-> a part as a table; that of the part "table" has scores on the test data, others on the validation data."""
+    """-> a part as a table; that of the part "table" has scores on the test data too, others on the validation data alone."""
     test, rows = "test_" * (part == "table"), []
     length = statistics.mean(len(row.target) for row in e2e.rows["test" if test else "validation"])
+    scores = {"bleu": "BLEU", "slots": "slots %"} | {f"test_{key}": f"{name}, test" for key, name in SCORES.items()}
     for cell in e2e.cells(part):
-        trained, context = e2e.measured(cell, "trained"), e2e.measured(cell, "context")
-        losses = e2e.measured(cell, f"{test}loss")
-        row = [label(cell), f"{trained[0]:,}", f"{100 * trained[0] / e2e.n_base:.3g} %", spread(context, 0)]
-        row += [spread(e2e.measured(cell, "start"), 3), spread(losses, 3), spread([loss * length for loss in losses], 1)]
-        rows.append(row + [spread(e2e.measured(cell, f"{test}{score}"), 1) for score in ("bleu", "chrf", "slots")])
-    header = ["method", "numbers trained", "share", "context", "validation loss before", "loss a token", "loss an answer"]
-    return markdown([*header, "BLEU", "chrF", "slots %"], rows)
+        trained, losses = e2e.measured(cell, "trained")[0], e2e.measured(cell, f"{test}loss")
+        row = [label(cell), f"{trained:,}", f"{100 * trained / e2e.n_base:.3g} %", spread(e2e.measured(cell, "context"), 0)]
+        row += [spread(losses, 2), spread([loss * length for loss in losses], 0)]
+        rows.append(row + [spread(e2e.measured(cell, score), 1) for score in (scores if test else SCORES)])
+    header = ["method", "numbers trained", "share", "context", "loss a token", "loss an answer"]
+    return markdown(header + list((scores if test else SCORES).values()), rows)
 
 
 def plateaus(e2e: E2E) -> str:
@@ -236,20 +237,21 @@ def costs(e2e: E2E) -> str:
             found[name]["ms"] = 1000 * statistics.median(seconds)
         return {"costs": found}
 
-    processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    found = e2e.experiment.once({"processor": processor, "base_and_data": e2e.seen}, measure)["costs"]
+    settings = {"part": "costs", "machine": machine(e2e.experiment.device), "base_and_data": e2e.seen}
+    found = e2e.experiment.once(settings, measure)["costs"]
     rows = [[name, f"{c['ms']:.0f}", *(size_of(c[key]) for key in ("kept", "optimizer", "disk"))] for name, c in found.items()]
     return markdown(["method", "ms a step", "kept for backward", "optimizer", "on disk"], rows)
 
 
 def draw(e2e: E2E, part: str, axis: Any) -> None:
-    """One panel: BLEU on test data of the table, on validation data against what another part varies."""
-    axis.set(title=part, ylabel=f"BLEU, {'test' if part == 'table' else 'validation'} data")
+    """BLEU against the numbers trained, or on validation data against what another part varies."""
+    axis.set(title=part, ylabel="BLEU" if part == "table" else "BLEU, validation data")
     if part == "table":
-        axis.set(xlabel="numbers trained", xscale="symlog")
-        for cell in e2e.cells(part):
-            points = e2e.measured(cell, "trained"), e2e.measured(cell, "test_bleu")
-            axis.plot(*points, ".", label=label(cell), color=colour(label(cell)))
+        axis.set(xlabel="numbers trained", xscale="log")
+        for cell in [cell for cell in e2e.cells(part) if cell.steps]:
+            for key, mark in (("bleu", "+"), ("test_bleu", "o")):
+                name = f"{NAMES[cell.method]}, {'test' if mark == 'o' else 'validation'} data"
+                axis.plot(e2e.measured(cell, "trained"), e2e.measured(cell, key), mark, color=colour(name), label=name)
         return
     x, xlabel, xscale = AXES[part]
     axis.set(xlabel=xlabel, xscale=xscale)
@@ -262,7 +264,6 @@ def draw(e2e: E2E, part: str, axis: Any) -> None:
     for name, cells in lines.items():
         style = ("." if cells[0].steps else "x") + ("--" if cells[0].init == "other text" else "-")
         band(axis, [getattr(cell, x) for cell in cells], [e2e.measured(cell, "bleu") for cell in cells], name, style)
-    axis.legend(fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -283,10 +284,9 @@ def main(argv: list[str] | None = None) -> None:
         text = {"plateau": plateaus, "costs": costs}.get(part, partial(table, part=part))(e2e)
         replace_file(experiment.out / f"e2e_{part}.md", text.encode())
         say(f"\n{part}\n\n{text}")
+        if part == "table" or part in AXES:
+            figure(experiment.out / f"e2e_{part}.png", lambda axes: draw(e2e, part, axes[0][0]), 1)
     say(f"{e2e.with_new_values:.0f} % of the test records have a value that no record of --data has")
-    drawn = [part for part in parts if part == "table" or part in AXES]
-    if drawn:
-        figure(experiment.out / "e2e.png", lambda axes: [draw(e2e, *some) for some in zip(drawn, axes[0])], len(drawn))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def start_process() -> tuple[int, int]:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     torch.ones(1).sqrt().tanh()
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()  # for tensors of each device
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # the first one does the talking
     return this_process()
@@ -37,7 +37,7 @@ def this_process() -> tuple[int, int]:
 def barrier() -> None:
     """Waits until every process has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 def sum_over_processes(loss: Tensor, trainee: nn.Module) -> None:

@@ -15,11 +15,11 @@ import contextlib
 import io
 import itertools
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows product
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-from common import data, forward, interleaved, kept_by_formula, kept_for_backward, train, write_json  # noqa: E402
+from common import data, forward, interleaved, kept_by_formula, kept_for_backward, machine, train, write_json  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from command.process import pick_device  # noqa: E402
@@ -217,10 +217,12 @@ class Table:
         print(f"{f'{what}, {unit}':58}{cells}{ratios}  {extra}", flush=True)
 
 
-def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, peak_flops: dict[torch.dtype, float]) -> None:
+def compare(
+    table: Table, root: Path, size: str, method: str, P: int, B: int, peak_flops: dict[torch.dtype, float], compiling: bool
+) -> None:  # fmt: skip
     """One training step in both dtypes here and in PEFT, its floor, and what it keeps in memory."""
     rows, shapes = random_rows(size, B), products(size, method, P, B)
-    batch, contestants, kept = data.batch_of(rows, DEVICE), {}, {}
+    batch, contestants, kept, compiled_in = data.batch_of(rows, DEVICE), {}, {}, {}
     for dtype in (FLOAT32, BFLOAT16):
         directory = base_directory(root, size, dtype)
         model, adapter = ours(load_base(directory), method, P)
@@ -230,6 +232,14 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
         assert abs(a - b) < (1e-4 if dtype == FLOAT32 else 2e-2) * b, f"losses differ: {a} here, {b} in PEFT"
         contestants["here", dtype], contestants["peft", dtype] = map(step, (adapter, peer), sides)
         contestants["floor", dtype] = floor(shapes, dtype)
+        if compiling:
+            quick, its = ours(load_base(directory), method, P)
+            for block in quick.h:  # of like blocks, so that one is compiled for all
+                block.compile()
+            contestants["compiled", dtype] = step(its, partial(forward, quick, [its], batch))
+            begin = time.perf_counter()
+            contestants["compiled", dtype]()
+            compiled_in[dtype] = time.perf_counter() - begin
         kept[dtype] = [kept_for_backward(*way) / 1e6 for way in zip((model, peer), sides)]
     taken, spread = seconds(contestants)
     if P == 20:
@@ -245,6 +255,8 @@ def compare(table: Table, root: Path, size: str, method: str, P: int, B: int, pe
             more["/float32"] = here / taken["here", FLOAT32]
         elif P == 20:
             more["/full"] = against_full["here"] / against_full["full"]
+        if compiling:
+            more |= {"compiled, ms": 1e3 * taken["compiled", dtype], "s to compile": compiled_in[dtype]}
         more["spread"] = spread
         table.add(f"{name} step", "ms", 1e3 * here, 1e3 * taken["peft", dtype], 1e3 * floor_seconds, **more)
         table.add(f"{name} kept for backward", "MB", *kept[dtype])
@@ -332,13 +344,6 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def processor() -> str:
-    """-> what the processor calls itself: figures hold for one kind."""
-    if Path("/proc/cpuinfo").exists():
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
-    return platform.processor()
-
-
 def matmul_peak(dtype: torch.dtype) -> float:
     """-> the operations a second of a large square matrix product, the measure of what a step could reach."""
     n = 8192 if CUDA else 2048
@@ -350,12 +355,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help=f"(default: {' '.join(COMPARED)}; for growth all)")
     parser.add_argument("--P", nargs="+", type=int, default=[20], help="virtual tokens (default: 20)")
+    parser.add_argument("--compile", action="store_true", help="also with each block compiled by torch.compile")
     parser.add_argument("--growth", action="store_true", help="growth in place of the comparison")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print(peak_of_this_process(*args.peak))
-    name = torch.cuda.get_device_name() if CUDA else f"{processor()}, {torch.get_num_threads()} threads"
+    name = machine(DEVICE)
     path = Path(__file__).with_name(f"benchmark-{name.replace(' ', '-')}.json" if CUDA else "benchmark.json")
     table = Table(path, name)
     with tempfile.TemporaryDirectory() as folder:
@@ -367,7 +373,7 @@ def main() -> None:
             for size in args.sizes or COMPARED:
                 make_base(root, size)
                 for method, P in itertools.product(("prefix", "soft_prompt"), args.P):
-                    compare(table, root, size, method, P, 32 if CUDA else 10, peaks)
+                    compare(table, root, size, method, P, 32 if CUDA else 10, peaks, args.compile)
                 compare_generation(table, root, size, P=20)
                 compare_many(table, root, size, P=20)
     if args.growth:
