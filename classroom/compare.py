@@ -1,6 +1,6 @@
 """Which method for your task? Parameters, memory, time and quality of each, measured on your task, base and machine.
 
-    python classroom/compare.py                                  four embedded tasks, three seeds
+    python classroom/compare.py                                  five embedded tasks, three seeds
     python classroom/compare.py --data mine.jsonl --base gpt2    yours
 
 Every method trains at its own learning rate, chosen on the validation data of seed 0, which is not reported: three rates a
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, Experiment, Run, forward, interleaved, kept_for_backward, lowest, markdown, n_trainable
+from common import NAMES, RECIPES, Experiment, Run, forward, interleaved, kept_for_backward, lowest, markdown, n_trainable
 from common import quietly_tuned, rate, spread
 from torch import nn
 
@@ -31,9 +31,9 @@ from storage.base import fingerprint
 from storage.files import replace_file
 from train import evaluate, share, stacked_past_kv
 
-METHODS = ["soft_prompt", "both", "prefix", "full"]  # by the numbers that they train: the cheapest first
-# A simple and a complex elicited task, a recombined one, and a new one, for which every method has four times the steps
-DEFAULT_TASKS, STEPS = ["sentiment", "sentence", "chat", "shifted"], {"shifted": 600}
+METHODS = ["soft_prompt", "both", "prefix", "lora", "full"]  # by the numbers that they train: the cheapest first
+# A simple and a complex elicited task, two recombined ones, and a new one, for which every method has four times the steps
+DEFAULT_TASKS, STEPS = ["sentiment", "sentence", "chat", "verdict", "shifted"], {"shifted": 600}
 MODELS = {  # layers, width, numbers of the keys of a token, all parameters
     "GPT-2": (12, 768, 768, 124_439_808),
     "SmolLM2-135M": (30, 576, 192, 134_515_008),
@@ -82,7 +82,7 @@ def tuned(experiment: Experiment, task: Task, method: str, seed: int, lr: float 
 
 def best_rate(experiment: Experiment, task: Task, method: str) -> float:
     """-> the learning rate with the lowest validation loss on seed 0."""
-    middle = train.RECIPES[method].lr
+    middle = RECIPES[method].lr
     return rate(middle, lowest(lambda power: tuned(experiment, task, method, 0, rate(middle, power))["validation"]))
 
 

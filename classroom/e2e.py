@@ -7,7 +7,9 @@
 E2E (Novikova et al. 2017) has records of restaurants, and for each several sentences that people wrote. A file holds one pair a
 line, as for train.py. Fifty records of --data are held out as validation data. Learning rates are chosen on these, with a seed
 that is not reported; test data are only scored. A run is stored in e2e.json when it ends, so the same command goes on where it
-stopped. The whole takes many hours on two cores: --parts and --seeds do it bit by bit.
+stopped. The whole takes many hours on two cores: --parts and --seeds do it bit by bit. Published, for GPT-2 medium, all data and
+beam search: learned inputs of 1, 10, 20 tokens 48.1, 62.2, 61.9 BLEU, a prefix 70.3, full fine-tuning 68.8, LoRA 70.4; that a
+prefix extrapolates better to what was not trained on is in section 6.4.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ pytest.importorskip("sacrebleu", reason="sacrebleu, which scores, is not install
 
 import e2e  # noqa: E402
 import sacrebleu  # noqa: E402
-from common import RESULTS  # noqa: E402
+from common import RESULTS, spread  # noqa: E402
 
 
 @pytest.fixture
@@ -107,15 +107,15 @@ def test_a_model_that_is_trained_in_low_precision_is_trained(files, base, tmp_pa
     assert again == pytest.approx(loss, rel=1e-6)
 
 
-def test_the_table_of_the_readme_shows_the_stored_runs():
-    """Until the whole is measured, seed by seed."""
-    runs = json.loads((RESULTS / "e2e.json").read_text(encoding="utf-8"))["runs"]
-    page = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split("## On real language")[1].split("\n## ")[0]
-    lines = [line for line in page.splitlines() if line.startswith("| ")][2:]
-    found = {cell: [run for run in runs if cell._asdict().items() <= run.items() and "test_bleu" in run] for cell in e2e.PARTS["table"]}
-    cells = {cell: some for cell, some in found.items() if some}
-    for some in cells.values():
-        scores = (", ".join(f"{run[key]:.1f}" for run in some) for key in ("bleu", "test_bleu", "slots", "test_slots"))
-        end = f"| {some[0]['trained']:,} | " + " | ".join(scores) + " |"
-        assert sum(line.endswith(end) for line in lines) == 1, end
-    assert len(lines) == len(cells)
+@pytest.mark.parametrize("part", e2e.PARTS)
+def test_the_stored_tables_show_the_stored_runs(part):
+    """With as many seeds as the README says; and on each run stands on which machine it was done."""
+    runs, shown = json.loads((RESULTS / "e2e.json").read_text(encoding="utf-8"))["runs"], {"table": 3, "length": 2, "starts": 2}
+    assert all("machine" in run for run in runs)
+    runs = [run for run in runs if run.get("seed", 100) < shown.get(part, 1)]
+    lines = (RESULTS / f"e2e_{part}.md").read_text(encoding="utf-8").splitlines()[2:]
+    keys = ("bleu", "slots", "test_bleu", "test_chrf", "test_slots") if part == "table" else ("bleu", "chrf", "slots")
+    for cell, line in zip(e2e.PARTS[part], lines, strict=True):
+        some = [run for run in runs if cell._asdict().items() <= run.items()]
+        assert line.startswith(f"| {e2e.label(cell)} | {some[0]['trained']:,} |")
+        assert line.endswith(" | ".join(spread([run[key] for run in some], 1) for key in keys) + " |")
