@@ -22,6 +22,7 @@ METHODS = {
     "none": "train nothing, evaluate the frozen base",
     "pretrain": "make a small base from texts",
 }
+PRETRAINING = ("method", "corpus", "sizes", "steps", "lr", "batch_size", "seed", "device", "out")  # all that it looks at
 RANGES = {
     "n_virtual": (1, 10**5),
     "mid_dim": (1, 10**4),
@@ -42,8 +43,13 @@ def parse(argv: list[str] | None, description: str, recipes: Mapping[str, Any]) 
 
     Raises ValueError for what is out of range, or does not go together.
     """
-    args = table(description, recipes).parse_args(argv)
+    parser = table(description, recipes)
+    args = parser.parse_args(argv)
     check_flags(args)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.method == "pretrain" and (others := [name for name in given if name not in PRETRAINING]):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"--method pretrain makes a base of a --corpus, and takes no {flags}")
     recipe = recipes[args.method]
     args.n_virtual = args.n_virtual or (recipe.n_virtual if args.init in STARTS else None)
     args.steps = 0 if args.method == "none" else args.steps or recipe.steps
@@ -130,14 +136,7 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.n_virtual and init not in STARTS, f"--n-virtual with --init {init}: a trained adapter keeps its length"),
         (args.mid_dim and method not in ("prefix", "both"), f"--mid-dim goes with a prefix, not with --method {method}"),
         (args.corpus and method != "pretrain", f"--corpus goes with --method pretrain, not {method}"),
-        (
-            args.patience and method in ("none", "pretrain"),
-            f"--patience ends the tuning of an adapter or a model: --method {method} has none",
-        ),
-        (
-            method == "pretrain" and (args.adapter or args.data is not None or args.prompt is not None or args.task),
-            "--method pretrain reads --corpus and makes a base: give no --task, --data, --adapter or --prompt",
-        ),
+        (args.patience and method == "none", "--patience ends the tuning of an adapter or a model: --method none has none"),
     ]:
         if wrong:
             raise ValueError(sentence)

@@ -46,7 +46,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def run(base, *flags, out=None, steps=3):
     """main on those forty examples, unless flags name others."""
-    common = ["--base", base, "--device", "cpu", "--steps", str(steps), "--batch-size", "4"]
+    common = ["--device", "cpu", "--steps", str(steps), "--batch-size", "4"] + ["--base", base] * ("pretrain" not in flags)
     common += [] if {"--data", "--task", "pretrain"} & set(flags) else ["--data", str(Path(base).parent / "forty.jsonl")]
     return train.main([*common, *map(str, flags), *(["--out", str(out)] if out else [])])
 
@@ -1297,9 +1297,10 @@ def test_broken_adapter_weights_are_refused(base, tmp_path):
         (["--method", "pretrain", "--sizes", "1", "0", "8", "8"], r"--sizes \[1, 0, 8, 8\]: give 1 or more of each"),
         (["--patience", "0"], "--patience 0: give 1 to"),
         (["--method", "none", "--patience", "3"], "--patience ends the tuning of an adapter or a model: --method none has none"),
-        (["--method", "pretrain", "--data", "x.jsonl"], "--method pretrain reads --corpus"),
-        (["--method", "pretrain", "--task", "chat"], "--method pretrain reads --corpus"),
-        (["--method", "pretrain", "--prompt", "x"], "--method pretrain reads --corpus"),
+        (
+            ["--method", "pretrain", "--data", "x.jsonl", "--resume", "--n-virtual", "3"],
+            "--method pretrain makes a base of a --corpus, and takes no --data, --n-virtual, --resume",
+        ),
         (["--adapter", "x", "--prompt", "y"], "x/adapter_config.json does not exist"),
         (["--prompt", "word " * 200], "block_size 128"),
         (["--method", "full", "--dtype", "bfloat16"], "--method full needs --dtype float32"),
