@@ -81,7 +81,8 @@ AXES |= {"demonstrations": ("size", "examples", "log")}  # of parts that are dra
 def label(cell: Cell) -> str:
     """-> a cell in words."""
     if cell.init in LONG:
-        text = f"prefix from {cell.size} examples" if cell.init == LONG[0] else f"prefix from a text as long as {cell.size}"
+        some = f"{cell.size} example{'s' * (cell.size > 1)}"
+        text = f"prefix from {some}" if cell.init == LONG[0] else f"prefix from a text as long as {some}"
         return text + (", trained" if cell.steps else ", as it is")
     sizes = {"both": f" of {cell.size} + {BEHIND}", "lora": f" of rank {cell.size}", "none": "", "full": ""}
     start = {"vocab": ", random words", "random": ", random numbers"}.get(cell.init, "")
@@ -209,7 +210,8 @@ def table(e2e: E2E, part: str) -> str:
         row = [label(cell), f"{trained:,}", f"{100 * trained / e2e.n_base:.3g} %", spread(e2e.measured(cell, "context"), 0)]
         row += [spread(losses, 2), spread([loss * length for loss in losses], 0)]
         rows.append(row + [spread(e2e.measured(cell, score), 1) for score in (scores if test else SCORES)])
-    header = ["method", "numbers trained", "share", "context", "loss a token", "loss an answer"]
+    header = ["method", "numbers trained", "share", "context"]
+    header += [f"loss {unit}{', test' * bool(test)}" for unit in ("a token", "an answer")]
     return markdown(header + list((scores if test else SCORES).values()), rows)
 
 
