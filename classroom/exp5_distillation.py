@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Experiment, lowest, rate, spread
+from common import Experiment, lowest, machine, rate, spread
 from torch import Tensor
 
 from command.process import run_command
@@ -97,7 +97,7 @@ class Distillation:
             optimizer.step()
         with torch.no_grad():
             found = divergence(model, held_out, None if way == NOTHING else prefix.past_kv(model), self.teacher.past_kv(model))
-        return dict(zip(("divergence", "agreed"), map(Tensor.item, found)))
+        return {"machine": machine(model.device)} | dict(zip(("divergence", "agreed"), map(Tensor.item, found)))
 
 
 def main(argv: list[str] | None = None) -> None:
