@@ -105,6 +105,8 @@ def verdict(methods: dict[str, list[dict]]) -> str:
         said += f"; the seeds of one method are up to {noise[name]:.2g} apart"
     elif len(methods[best]) == 1:
         said += "; one seed says nothing about noise: give --seeds 3"
+    elif name == next(iter(methods)):
+        said += ", and none is better"
     else:
         said += f"; no cheaper method is within the noise, which is {ranges[best]:.2g} between the seeds of this one"
     return f"The cheapest method within the noise of the best is {said}."

@@ -1,14 +1,14 @@
 """1. What can each method do?
 
-    python classroom/exp1_demand.py            a night; stopped and started again, it goes on where it was
+    python classroom/exp1_demand.py            a night of one core; stopped and started again, it goes on where it was
     python classroom/exp1_demand.py --few      half an hour: four demands, fewer steps, one run a base
 
 Demands that grow, so that the methods do not tie. The input is a message, which asks a restaurant for its food. The first N
 names are keys, or with 432 the pairs of name and food; a random rule gives each key its own answer:
 
     route   which of two replies that the base knows: polite or terse; with one key: select. Guessing gives 50 %
-    xor     the same by a bit of the name and a bit of the food: where they differ, terse. Neither says anything alone
     fact    a polite reply with an area that the key decides, one of eight, whatever the message says: N facts, new to the base
+    xor     polite or terse by a bit of the name and a bit of the food: where they differ, terse. Neither says anything alone
 
 Test records are new, their keys are not. A run ends when it answers all validation examples, at the latest after 2,400 steps
 (with --few 400); if its validation loss still fell by a tenth in the last quarter, it is unfinished. The rate of a cell
@@ -28,7 +28,7 @@ from data import Example
 from small_base.world import FORMS, VALUES, Record, split_of
 from train import evaluate, share
 
-DEMANDS = [("route", N) for N in (1, 8, 36, 432)] + [("xor", 36)] + [("fact", N) for N in (8, 36, 432)]
+DEMANDS = [("route", N) for N in (1, 8, 36, 432)] + [("fact", N) for N in (8, 36)] + [("xor", 36)]
 # About 8,192 numbers each, a prefix of one token, and the whole; then the usual sizes
 SIZES = [("soft_prompt", 64), ("prefix", 1), ("prefix", 8), ("both", 7), ("lora", 4), ("full", 0)]
 USUAL = [("soft_prompt", 20), ("prefix", 32)]
@@ -138,13 +138,15 @@ def main(argv: list[str] | None = None) -> None:
     def draw(axes) -> None:
         left, right = axes[0]
         for i, (method, size) in enumerate(grid.sizes):
-            xs = [x + 0.06 * i for x in range(len(names))]  # side by side, so that equal points show
+            name, line = label(method, size), ":" if (method, size) in USUAL else "--" if size == 1 else "-"
             right_answers, steps = (lambda run: run["test"]), (lambda run: run["curve"][-1][0])
             for axis, middle, value in ((left, statistics.mean, right_answers), (right, statistics.median, steps)):
                 columns = [list(map(value, grid.runs(Cell(*demand, method, size)))) for demand in grid.demands]
-                name, line = label(method, size), "--" if (method, size) == ("prefix", 1) else "-"
-                axis.plot(xs, list(map(middle, columns)), line, label=name, color=colour(name))
-                axis.plot(xs, columns, "x" if line == "--" else ".", color=colour(name))
+                for kind in ("route", "fact", "xor"):  # a line connects demands of one kind
+                    there = [x for x, demand in enumerate(grid.demands) if demand[0] == kind]
+                    xs = [x + 0.06 * i for x in there]  # side by side, so that equal points show
+                    axis.plot(xs, [middle(columns[x]) for x in there], line, label=name, color=colour(name))
+                    axis.plot(xs, [columns[x] for x in there], ".", color=colour(name))
                 axis.set_xticks(range(len(names)), names, rotation=45)
         left.set(ylabel="exact match on test data, %", ylim=(0, 104))
         right.set(ylabel=f"steps until all is right (≤ {grid.steps:,})")

@@ -3,11 +3,11 @@
     python classroom/smollm2.py out/smollm2
     python classroom/exp5_distillation.py --base out/smollm2
 
-A text stands in the context of a frozen language model, which answers questions about it. A prefix of a few tokens, that starts
-from the first words of the text and has no other text before it, is trained in two ways: to predict the text, token by token,
-or to give each next token the probability that the model gives it with the text in its context, on answers which that model
-wrote itself (context distillation; Eyuboglu et al. 2025, arXiv 2506.06266). Both are then compared with the model that has the
-text, on questions which were held out. Rates are chosen on a seed that is not reported.
+A text of 124 tokens stands in the context of a frozen language model, which answers questions about it. A prefix of a few
+tokens, that starts from the first words of the text and has no other text before it, is trained in two ways: to predict the
+text, token by token, or to give each next token the probability that the model gives it with the text in its context, on
+answers which that model wrote itself (context distillation; Eyuboglu et al. 2025, arXiv 2506.06266). Both are then compared
+with the model that has the text, on questions which were held out. Rates are chosen on a seed that is not reported.
 """
 
 import random
