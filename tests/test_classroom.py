@@ -113,7 +113,8 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     tune, tuned = train.tune, []
 
     def counted(model, adapters, rows, plan):
-        tuned.append((tuple(map(type, adapters)), plan.lr, plan.seed))
+        of_the_base = sum(p.requires_grad for p in model.parameters())
+        tuned.append((tuple(map(type, adapters)), of_the_base, plan.lr, plan.seed))
         if len(tuned) == 3:
             raise KeyboardInterrupt
         return tune(model, adapters, rows, plan)
@@ -123,19 +124,19 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     with pytest.raises(KeyboardInterrupt):
         compare.main([*argv, "--lr", "0.01"])
     compare.main([*argv, "--lr", "0.01"])
-    assert len(tuned) == 9 and len(set(tuned)) == 8  # four methods, two seeds, one of them begun twice
+    assert len(tuned) == 11 and len(set(tuned)) == 10  # five methods, two seeds, one of them begun twice
     assert {seed for *_, seed in tuned} == {1, 2}
     printed = capsys.readouterr().out
     assert all(f"| {compare.NAMES[method]} |" in printed for method in compare.METHODS)
     assert "forty: The cheapest method within the noise of the best is " in printed
     written = json.loads(Path("out/compare/compare.json").read_text())
-    assert len(written["runs"]) == 8 and all("exact_match" in record for record in written["runs"])
+    assert len(written["runs"]) == 10 and all("exact_match" in record for record in written["runs"])
     compare.main([*argv, "--lr", "0.01"])
-    assert len(tuned) == 9
+    assert len(tuned) == 11
     assert json.loads(Path("out/compare/compare.json").read_text())["runs"] == written["runs"]
     compare.main(argv)
     chosen = [record for record in json.loads(Path("out/compare/compare.json").read_text())["runs"] if record["seed"] == 0]
-    assert len(chosen) >= 12 and not any("exact_match" in record for record in chosen)
+    assert len(chosen) >= 15 and not any("exact_match" in record for record in chosen)
 
 
 def test_each_method_gets_its_own_learning_rate(monkeypatch):
