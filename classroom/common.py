@@ -114,7 +114,8 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     linux = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", linux.read_text())[1].strip() if linux.exists() else platform.processor()
+    named = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else None  # on Arm, it has no name
+    name = named[1].strip() if named else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -164,8 +165,8 @@ def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
     figure, axes = pyplot.subplots(1, columns, figsize=(max(6, 4 * columns), 4), squeeze=False, layout="constrained")
     draw(axes)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    once = dict(zip(labels, handles))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3 if columns > 1 else 2)
+    by_label = dict(zip(labels, handles))  # each once
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3 if columns > 1 else 2)
     figure.savefig(path, dpi=150)  # for a projector
     pyplot.close(figure)
     say(f"figure: {path}")

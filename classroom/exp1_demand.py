@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     def draw(axes) -> None:
         left, right = axes[0]
         for i, (method, size) in enumerate(grid.sizes):
-            name, line = label(method, size), ":" if (method, size) in USUAL else "--" if size == 1 else "-"
+            name = label(method, size)
+            line = ":" if (method, size) in USUAL else "--" if size == 1 else "-"
             right_answers, steps = (lambda run: run["test"]), (lambda run: run["curve"][-1][0])
             for axis, middle, value in ((left, statistics.mean, right_answers), (right, statistics.median, steps)):
                 columns = [list(map(value, grid.runs(Cell(*demand, method, size)))) for demand in grid.demands]

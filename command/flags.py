@@ -46,8 +46,8 @@ def parse(argv: list[str] | None, description: str, recipes: Mapping[str, Any]) 
     parser = table(description, recipes)
     args = parser.parse_args(argv)
     check_flags(args)
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if args.method == "pretrain" and (others := [name for name in given if name not in PRETRAINING]):
+    others = [name for name, value in vars(args).items() if name not in PRETRAINING and value != parser.get_default(name)]
+    if args.method == "pretrain" and others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise ValueError(f"--method pretrain makes a base of a --corpus, and takes no {flags}")
     recipe = recipes[args.method]

@@ -24,7 +24,7 @@ def start_process() -> tuple[int, int]:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     torch.ones(1).sqrt().tanh()
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        dist.init_process_group()  # for tensors of each device
+        dist.init_process_group()  # a backend for each kind of device: gloo for the CPU, NCCL for GPUs
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # the first one does the talking
     return this_process()
@@ -37,7 +37,7 @@ def this_process() -> tuple[int, int]:
 def barrier() -> None:
     """Waits until every process has come here."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1))  # on the CPU: dist.barrier() may want a GPU for each process
 
 
 def sum_over_processes(loss: Tensor, trainee: nn.Module) -> None:

@@ -233,10 +233,10 @@ def compare(
         contestants["here", dtype], contestants["peft", dtype] = map(step, (adapter, peer), sides)
         contestants["floor", dtype] = floor(shapes, dtype)
         if compiling:
-            quick, its = ours(load_base(directory), method, P)
-            for block in quick.h:  # of like blocks, so that one is compiled for all
+            compiled, its_adapter = ours(load_base(directory), method, P)
+            for block in compiled.h:  # not the model, for so the code of one block serves them all
                 block.compile()
-            contestants["compiled", dtype] = step(its, partial(forward, quick, [its], batch))
+            contestants["compiled", dtype] = step(its_adapter, partial(forward, compiled, [its_adapter], batch))
             begin = time.perf_counter()
             contestants["compiled", dtype]()
             compiled_in[dtype] = time.perf_counter() - begin

@@ -118,4 +118,5 @@ def test_the_stored_tables_show_the_stored_runs(part):
     for cell, line in zip(e2e.PARTS[part], lines, strict=True):
         some = [run for run in runs if cell._asdict().items() <= run.items()]
         assert line.startswith(f"| {e2e.label(cell)} | {some[0]['trained']:,} |")
+        assert f" | {spread([run['test_loss' if part == 'table' else 'loss'] for run in some], 2)} | " in line
         assert line.endswith(" | ".join(spread([run[key] for run in some], 1) for key in keys) + " |")
