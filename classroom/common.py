@@ -76,7 +76,7 @@ def kept_for_backward(model: Decoder, compute: Callable[[], object]) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()  # several tensors may be views of one; it is kept once
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own operation holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = compute()  # held, so that no address comes twice

@@ -1,6 +1,7 @@
 """The scripts of classroom/: what they measure is what they say, and an interruption loses nothing."""
 
 import json
+import weakref
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +54,20 @@ def test_what_is_kept_for_backward_is_counted_once_and_without_weights(gpt2):
     assert common.kept_for_backward(gpt2, lambda: (x @ weight).sum()) == 0
     assert common.kept_for_backward(gpt2, lambda: (x * x.view(3, C)).sum()) == 3 * C * 8
     assert common.kept_for_backward(gpt2, lambda: (2 * x).exp().sum()) == 3 * C * 8
+
+
+def test_what_was_counted_is_freed(gpt2):
+    """An operation may hold its own output, as exp does; a hook that hands the output itself back would keep it for ever."""
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    outputs = []
+
+    def compute() -> torch.Tensor:
+        y = x.exp()
+        outputs.append(weakref.ref(y))
+        return y
+
+    assert common.kept_for_backward(gpt2, compute) == 3 * 8
+    assert outputs[0]() is None
 
 
 @pytest.mark.parametrize("kind", [Prefix, SoftPrompt])
