@@ -210,6 +210,19 @@ def test_every_table_of_the_pages_is_a_stored_one():
         assert table in results, table
 
 
+def test_the_readme_shows_the_stored_benchmark():
+    """Each row of its table, a method at a length: the time here and in PEFT and their ratio, in float32 and in bfloat16."""
+    found = json.loads((CLASSROOM.parent / "tests" / "benchmark.json").read_text(encoding="utf-8"))
+    rows, sizes = {row["what"]: row for row in found["comparison"]}, {"GPT-2 small": "124M", "SmolLM2-135M": "135M"}
+    table = re.findall(r"^\| ([\w-]+(?: small)?), ([a-z ]+) of (\d+): (?:ms a |MB )([a-z ]+) \| (.+) \|$", README, re.MULTILINE)
+    assert len(table) == 16
+    for size, method, P, what, cells in table:
+        row = f"{sizes[size]} {method.replace(' ', '_')} P={P}"
+        both = [rows[f"{row} {dtype} {what}"] for dtype in ("float32", "bfloat16")]
+        shown = [f"{x['here']:,.0f} | {x['peft']:,.0f} | {x['here'] / x['peft']:.2f}" for x in both]
+        assert cells == " | ".join(shown), row
+
+
 def test_every_number_of_the_prose_is_in_a_stored_table():
     """Of what was seen, to the digits shown: a paragraph that begins with «*We saw*», and the verdicts of the README.
 
