@@ -9,12 +9,13 @@ Symbols: those of model.py, and K for n_kv_head, the heads of keys and values.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import KV, Block, Decoder, attend, behind
+from model import KV, Block, Decoder, append_past, attend, past_length
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,22 @@ class LlamaConfig:
     qk_norm: bool = False  # Qwen3
 
 
-def rates(config: LlamaConfig, device: torch.device) -> Tensor:
+def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """-> (D/2,) radians that each pair of a head turns a position: 1 for the first, 1/theta or so for the last."""
-    turns = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    if config.rope_scaling:  # Llama 3 slows what turns seldom down by `factor`, leaves what turns often, and blends between
+    pairs = torch.arange(0, config.head_dim, 2, device=device).float()
+    turns = 1 / config.rope_theta ** (pairs / config.head_dim)
+    if config.rope_scaling:  # Llama 3 slows the pairs that turn seldom, leaves those that turn often
         factor, low, high, first_context = config.rope_scaling
-        often = ((first_context * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        turns = (1 - often) * turns / factor + often * turns
+        rounds = first_context * turns / (2 * math.pi)  # in the context it was first trained on
+        kept = ((rounds - low) / (high - low)).clamp(0, 1)
+        turns = (1 - kept) * turns / factor + kept * turns
     return turns
 
 
-def rotate(x: Tensor, n_past: int, rates: Tensor) -> Tensor:
-    """(B, heads, T, D) -> the same, each pair (i, i + D/2) turned by (P + t) · rates[i], in float32 (Su et al. 2021)."""
-    positions = torch.arange(n_past, n_past + x.size(2), device=x.device).float()
-    angles = torch.outer(positions, rates)  # (T, D/2)
+def rotate(x: Tensor, P: int, turns: Tensor) -> Tensor:
+    """(B, heads, T, D) -> the same, each pair (i, i + D/2) turned by (P + t) · turns[i] (Su et al. 2021)."""
+    positions = torch.arange(P, P + x.size(2), device=x.device).float()
+    angles = torch.outer(positions, turns)  # (T, D/2), in float32
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -64,15 +67,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
         self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.attend = attend
 
-    def forward(self, x: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        """(B, T, C) -> (B, T, C), and the (turned keys, values) of past and new positions, (B, K, S, D) each."""
-        n_past, turns = past[0].size(2) if past else 0, rates(self.config, x.device)
-        q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
-        k, v = behind(past, rotate(k, n_past, turns), v)  # (B, K, S, D)
-        y = attend(rotate(q, n_past, turns), k, v)  # (B, H, T, D)
+    def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
+        """(B, T, C) -> (B, T, C), and the turned keys and the values of all S positions, (B, K, S, D)."""
+        P, turns = past_length([past] if past else None), frequencies(self.config, x.device)
+        q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), P, turns), rotate(self.k_norm(k), P, turns)
+        k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, K, S, D)
+        # H/K heads share keys and values: to `attend`, they are more queries of one head
+        y = self.attend(q.reshape(len(q), k.size(1), -1, k.size(3)), k, v, mask).view_as(q)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads · D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -86,22 +95,16 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class LlamaBlock(Block):
-    def __init__(self, config: LlamaConfig):
-        nn.Module.__init__(self)  # with other parts than GPT-2's; the forward pass is the same
-        self.ln_1 = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.attn = Attention(config)
-        self.ln_2 = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
-
-
 class Llama(Decoder):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.n_shared = config.n_head // config.n_kv_head
+        norm = partial(nn.RMSNorm, config.n_embd, config.rms_norm_eps)
+        blocks = [Block(norm(), Attention(config), norm(), SwiGLU(config)) for _ in range(config.n_layer)]
+        self.h = nn.ModuleList(blocks)
+        self.ln_f = norm()
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 

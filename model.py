@@ -1,7 +1,6 @@
-"""GPT-2 (Radford et al. 2019) in plain PyTorch, with its key/value cache as an argument and as a result.
+"""GPT-2 (Radford et al. 2019) in plain PyTorch. Its key/value cache is an argument and a result.
 
-A transformer sees its past only through the keys and values that each layer computed for it. So whoever hands those in
-can steer the model:
+A transformer sees its past only as keys and values. Whoever hands those in steers the model:
 
     logits, cache = model(idx)                                   # read a text
     logits, cache = model(more, past_kv=cache)                   # read on, as if it were one text
@@ -13,58 +12,46 @@ Symbols, the same in every file:
     V  vocab_size        L  n_layer                         D  = C / H, the width of a head
 """
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D), or batch 1: shared by all rows
-KVCache = list[KV]  # those of all L layers
+KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D)
+KVCache = list[KV]  # those of all L layers; batch 1 serves all rows
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """T queries, S keys -> (T, S) bool, True where a query may look: query t at the keys 0 … P + t, with P = S - T.
+def causal_mask(T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """T queries, S keys -> (T, S), added to scores: 0 where a query may look, -∞ where it may not.
 
-    So the triangle touches the lower right corner; torch's `is_causal=True` puts it into the upper left one.
+    Query t sees the keys 0 … P + t, with P = S - T: all of the past, and the text up to itself.
     """
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+    return torch.full((T, S), -math.inf, dtype=dtype, device=device).triu(diagonal=S - T + 1)
 
 
-@lru_cache(maxsize=1)  # one for all layers: until the backward pass, each would keep its own T · S numbers
-@torch.inference_mode(False)  # made in inference mode, it could not be kept for a backward pass
-def score_mask(T: int, S: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-> (repeats · T, S), to be added to scores: 0 where a query may look, -∞ where not. Heads that share keys repeat it."""
-    return causal_mask(T, S, device).repeat(repeats, 1).to(dtype).log()  # log 1 and log 0
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, T, D) queries, (B, H, S, D) keys and values -> softmax(q·kᵀ / √D + mask) v, as q."""
+    q = q / math.sqrt(q.size(-1))
+    if q.size(2) >= 256 or q.is_cuda:  # one kernel, quicker there: it never holds all T · S scores
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    scores = q @ k.transpose(2, 3)  # (B, H, T, S)
+    weights = (scores + mask).softmax(dim=-1)  # (B, H, T, S): what each query looks at, sum 1
+    return weights @ v  # (B, H, T, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, D) queries, (B, K, S, D) keys and values -> softmax(q·k / √D) v over what a query may see, (B, H, T, D).
-
-    In GPT-2, K = H. In a Llama, H/K heads share keys and values, and act here as more queries of one head.
-    """
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    q = q.reshape(B, K, H // K * T, D)
-    mask = score_mask(T, S, H // K, q.dtype, q.device) if T > 1 else None  # a single query may see everything
-    # On a short text torch's own takes 4 times as long backward; on a long one, all these weights would take too much memory
-    if 1 < T < 1000 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        y = (q @ k.transpose(2, 3) * D**-0.5 + mask).softmax(dim=-1) @ v
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.reshape(B, H, T, D)
-
-
-def behind(past: KV | None, k: Tensor, v: Tensor) -> KV:
-    """Past (B or 1, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions, (B, H, S, D)."""
+def append_past(past: KV | None, k: Tensor, v: Tensor) -> KV:
+    """Past (B or 1, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions."""
     if past is None:
         return k, v
-    return tuple(torch.cat([old.expand(len(k), -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v)))
+    past_k, past_v = (tensor.expand(len(k), -1, -1, -1) for tensor in past)
+    return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT-2; the defaults are those of the small base that train.py makes."""
     vocab_size: int
     block_size: int = 128  # the most positions that it can see, virtual tokens included
     n_layer: int = 4
@@ -79,12 +66,13 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.attend = attend  # an attribute, so that inspection can look at the weights on their way
 
-    def forward(self, x: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        """(B, T, C) -> (B, T, C), and the (keys, values) of past and new positions, (B, H, S, D) each."""
-        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        k, v = behind(past, k, v)  # (B, H, S, D)
-        y = attend(q.contiguous(), k, v)  # as a view, q would keep c_attn's whole output until backward
+    def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
+        """(B, T, C) -> (B, T, C), and the keys and values of all S positions."""
+        q, k, v = self.c_attn(x).unflatten(-1, (3 * self.n_head, -1)).transpose(1, 2).chunk(3, dim=1)
+        k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, H, S, D)
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -99,56 +87,55 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+    """A layer, with the norms, attention and MLP of its family."""
 
-    def forward(self, x: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        """(B, T, C) -> (B, T, C), and this layer's (keys, values) of past and new positions."""
-        attended, kv = self.attn(self.ln_1(x), past)
+    def __init__(self, ln_1: nn.Module, attn: nn.Module, ln_2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = ln_1, attn, ln_2, mlp
+
+    def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
+        """(B, T, C) -> (B, T, C), and the keys and values of all S positions."""
+        attended, kv = self.attn(self.ln_1(x), mask, past)
         x = x + attended  # no dropout here or elsewhere: the base is frozen
         return x + self.mlp(self.ln_2(x)), kv
 
 
 class Decoder(nn.Module):
-    """What GPT-2 and its descendants share: reading behind a past, and generating. A family adds config, wte, h, ln_f."""
+    """What GPT-2 and its descendants share. A family adds config, wte, h and ln_f."""
+
     name = "an unsaved model"  # what messages call it; load_base puts the directory here
+    n_shared = 1  # heads that share their keys and values: none here, some in a Llama
     dtype = property(lambda self: self.wte.weight.dtype)
     device = property(lambda self: self.wte.weight.device)
-    head = property(lambda self: self.wte.weight)  # (V, C), whose product with a hidden state is the logits: tied here
-
-    def freeze(self) -> "Decoder":
-        """-> self, its weights closed to gradients. Gradients still flow *through* it, to what was fed in."""
-        return self.requires_grad_(False)
+    head = property(lambda self: self.wte.weight)  # (V, C): hidden @ head.T are the logits
 
     def kv_shape(self, n_virtual: int) -> tuple[int, ...]:
-        """-> (P, L, 2, H, D) of the keys and values of P tokens: all that a prefix asks of a model."""
+        """-> (P, L, 2, H, D) of the keys and values of P tokens: all that a prefix needs to know."""
         c = self.config
         return n_virtual, c.n_layer, 2, c.n_head, c.n_embd // c.n_head
 
     def forward(self, idx: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """(B, T) ids -> (B, T, V) logits, and the cache of past and new positions. The new ones are P … P+T-1."""
+        """(B, T) ids -> (B, T, V) logits, and the cache of past and new positions."""
         hidden, cache = self.forward_embeddings(self.wte(idx), past_kv)
         return hidden @ self.head.T, cache
 
     def forward_embeddings(self, x: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """(B, T, C) token vectors, real or learned -> (B, T, C) hidden states after ln_f, and the cache.
+        """(B, T, C) vectors, of tokens or learned -> (B, T, C) hidden states after ln_f, and the cache.
 
-        Raises ValueError if P + T > block_size.
+        The new positions are P … P + T - 1. Raises ValueError if P + T > block_size.
         """
-        n_past, T, cache = past_kv[0][0].size(2) if past_kv else 0, x.size(1), []
-        if n_past + T > (most := self.config.block_size):
-            raise ValueError(f"{n_past} virtual or past + {T} new positions > block_size {most}: shorten the input or lower --n-virtual")
-        x = self.place(x, n_past)
+        P, T, most = past_length(past_kv), x.size(1), self.config.block_size
+        if P + T > most:
+            taken = f"{P} virtual or past + {T} new positions > block_size {most}"
+            raise ValueError(f"{taken}: shorten the input or lower --n-virtual")
+        x, cache = self.add_positions(x, P), []
+        mask = causal_mask(T, P + T, x.dtype, x.device).repeat(self.n_shared, 1)  # for all layers
         for block, past in zip(self.h, past_kv or [None] * len(self.h)):
-            x, kv = block(x, past)
+            x, kv = block(x, mask, past)
             cache.append(kv)
         return self.ln_f(x), cache
 
-    def place(self, x: Tensor, n_past: int) -> Tensor:
+    def add_positions(self, x: Tensor, P: int) -> Tensor:
         return x  # GPT-2 adds its positions here; a Llama turns its queries and keys instead
 
     @torch.no_grad()
@@ -158,19 +145,22 @@ class Decoder(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(B, T) ids -> (B, T + new) ids, new ≤ max_new_tokens.
 
-        The prompt is read once; then each step reads the one new token, behind the cache of all before it. Temperature 0
-        takes the likeliest token; above it, one is sampled, among the top_k likeliest if given. A row that has emitted
-        stop_token is filled up with it. The last token is never read, so P + T + max_new_tokens may be block_size + 1.
+        The prompt is read once, then each new token behind the cache of all before it. The last one
+        is never read, so P + T + max_new_tokens may be block_size + 1. Temperature 0 takes the
+        likeliest token. Rows that have emitted stop_token are filled up with it.
         """
         new, done = idx, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             hidden, past_kv = self.forward_embeddings(self.wte(new), past_kv)
             logits = (hidden[:, -1] @ self.head.T).float()  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError(f"{self.name} overflows in {self.dtype}: give --dtype float32")
             if top_k is not None:
-                logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < kth, -math.inf)
             new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
-            if temperature > 1e-6:  # below, the likeliest is all that is left
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=generator)
+            if temperature > 1e-6:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             if stop_token is not None:
                 new = new.masked_fill(done, stop_token)
                 done |= new == stop_token
@@ -186,15 +176,32 @@ class GPT(Decoder):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        norm = partial(nn.LayerNorm, config.n_embd, config.layer_norm_epsilon)
+        blocks = [Block(norm(), Attention(config), norm(), MLP(config)) for _ in range(config.n_layer)]
+        self.h = nn.ModuleList(blocks)
+        self.ln_f = norm()
 
-    def place(self, x: Tensor, n_past: int) -> Tensor:
-        return x + self.wpe.weight[n_past : n_past + x.size(1)]
+    def add_positions(self, x: Tensor, P: int) -> Tensor:
+        return x + self.wpe.weight[P : P + x.size(1)]
+
+
+def past_length(past_kv: KVCache | None) -> int:
+    """-> P, the positions that a cache takes of those that the model can see."""
+    return past_kv[0][0].size(2) if past_kv else 0
+
+
+def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None:
+    """Adapters, the foremost first -> the cache of all: each is computed behind those before it."""
+    past_kv = None
+    for adapter in adapters:
+        past_kv = adapter.past_kv(model, past_kv)
+    return past_kv
 
 
 def rows_of(caches: list[KVCache]) -> KVCache:
-    """N caches of batch 1 and one length -> one of batch N, so that each row of a batch has its own past."""
-    if len(set(lengths := [cache[0][0].size(2) for cache in caches])) > 1:
-        raise ValueError(f"pasts of {lengths} positions cannot be rows of one batch: give adapters of one length")
+    """N caches of batch 1 and one length -> one of batch N: each row has its own past."""
+    lengths = [past_length(cache) for cache in caches]
+    if len(set(lengths)) > 1:
+        reason = f"pasts of {lengths} positions cannot be rows of one batch"
+        raise ValueError(f"{reason}: give adapters of one length")
     return [tuple(torch.cat(tensors) for tensors in zip(*layer)) for layer in zip(*caches)]

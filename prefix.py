@@ -1,7 +1,7 @@
-"""Prefix tuning (Li & Liang 2021): learn the keys and values of P virtual tokens, in every layer of a frozen model.
+"""Prefix tuning (Li & Liang 2021): learn the keys and values of P virtual tokens, in every layer.
 
-A prefix is a KV cache that you can train. No token produced it and nothing is computed for it; the numbers in the
-cache are themselves the parameters, P · L·2·C of them:
+A prefix is a KV cache that you can train. No token produced it, and nothing is computed for it. The
+numbers in the cache are themselves the parameters, P · L·2·C of them:
 
                   P virtual tokens      T new tokens
                ┌───────────────────┬───────────────────┐
@@ -12,20 +12,17 @@ cache are themselves the parameters, P · L·2·C of them:
       k and v, each  (1, H, P, D)        (B, H, T, D)
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from model import Decoder, KVCache, behind
-from storage.adapters import read_adapter, write_adapter
+from model import Decoder, KVCache, append_past
 
 
 class Prefix(nn.Module):
-    """P virtual tokens as learned keys and values, (P, L, 2, H, D): token, layer, key or value, head, width."""
+    """P virtual tokens as learned keys and values, (P, L, 2, H, D)."""
 
     def __init__(self, kv: Tensor):
-        """(P, L, 2, H, D) keys and values to start from -> a prefix that trains them."""
+        """(P, L, 2, H, D): token, layer, key or value, head, width -> a prefix that starts there."""
         super().__init__()
         self.start = nn.Parameter(trainable(kv))
         self.mlp = None
@@ -34,104 +31,75 @@ class Prefix(nn.Module):
     def from_cache(cls, cache: KVCache) -> "Prefix":
         """L pairs (k, v) of (1, H, P, D) -> a prefix of these very numbers.
 
-        So whatever acts through a cache can become a prefix: a text, a soft prompt, a stack of adapters.
+        Whatever acts through a cache can become one: a text, a soft prompt, a stack of adapters.
         """
-        return cls(torch.stack([torch.stack(kv) for kv in cache])[:, :, 0].permute(3, 0, 1, 2, 4))
+        layers = [torch.stack([k[0], v[0]]) for k, v in cache]  # (2, H, P, D) each
+        return cls(torch.stack(layers).movedim(3, 0))  # (L, 2, H, P, D) -> (P, L, 2, H, D)
 
     @classmethod
     def text(cls, model: Decoder, ids: Tensor) -> "Prefix":
         """(P,) ids -> the keys and values that the model computes for a real text (Li & Liang §6.5).
 
-        Untrained, it acts exactly as that text in the context would, so training starts from a place the model knows.
+        Untrained, it acts exactly as that text in the context would: a start that the model knows.
         """
         _, cache = model(ids[None])
         return cls.from_cache(cache)
 
     @classmethod
-    def vocab(cls, model: Decoder, ids: Tensor, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
-        """ids of frequent tokens -> the keys and values of P of them, drawn at random (the "random words" of Li & Liang §6.5)."""
-        return cls.text(model, drawn(ids, n_virtual, generator))
+    def random(cls, model: Decoder, P: int, generator: torch.Generator | None = None) -> "Prefix":
+        """-> P rows from N(0, 0.02²), the scale of GPT-2's weights. The model never met such keys."""
+        return cls(0.02 * torch.randn(model.kv_shape(P), generator=generator).to(model.device))
 
     @classmethod
-    def random(cls, model: Decoder, n_virtual: int, generator: torch.Generator | None = None) -> "Prefix":
-        """-> P rows drawn from N(0, 0.02²), the scale of GPT-2's weights. The model never met such keys."""
-        return cls(0.02 * torch.randn(model.kv_shape(n_virtual), generator=generator).to(model.device))
-
-    @classmethod
-    def zero(cls, model: Decoder, n_virtual: int) -> "Prefix":
-        """-> P rows of zeros. Not a no-op, for a zero key still draws attention away from the text; and rows that
-        start equal get equal gradients, so they stay equal, and P of them never learn more than one could."""
-        return cls(torch.zeros(model.kv_shape(n_virtual), device=model.device))
+    def zero(cls, model: Decoder, P: int) -> "Prefix":
+        """-> P rows of zeros. A zero key still draws attention, so this is not a no-op. Equal rows
+        get equal gradients and stay equal: P of them never learn more than one could."""
+        return cls(torch.zeros(model.kv_shape(P), device=model.device))
 
     def reparametrise(self, mid_dim: int) -> "Prefix":
-        """-> self, from now on trained through an MLP: start + MLP(inputs), one small input row a virtual token.
+        """-> self, from now on trained through an MLP: start + MLP(inputs) (Li & Liang §4.3).
 
-        Li & Liang §4.3, who found that training the keys and values themselves is touchy. `inputs` (P, C) are drawn from
-        N(0, 1); `mlp` is C -> mid_dim, a tanh, mid_dim -> L·2·C. Its last layer is zero at first, so that every
-        initialisation means the same with and without it; the start itself is held fixed.
+        `inputs` (P, C) are drawn from N(0, 1); `mlp` is C -> mid_dim, a tanh, mid_dim -> L·2·C. Its
+        last layer is zero at first, so every start means the same with and without it.
         """
         P, L, _, H, D = self.start.shape
         factory = {"device": self.start.device, "dtype": self.start.dtype}
         self.start.requires_grad_(False)
-        self.inputs = nn.Parameter(torch.randn(P, H * D, **factory))  # (P, C)
-        first, last = nn.Linear(H * D, mid_dim, **factory), nn.Linear(mid_dim, L * 2 * H * D, **factory)
-        self.mlp = nn.Sequential(first, nn.Tanh(), last)
+        self.inputs = nn.Parameter(torch.randn(P, H * D, **factory))
+        first = nn.Linear(H * D, mid_dim, **factory)
+        last = nn.Linear(mid_dim, L * 2 * H * D, **factory)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(first, nn.Tanh(), last)
         return self
 
     def kv(self) -> Tensor:
         """-> (P, L, 2, H, D), through the MLP if there is one."""
-        return self.start if self.mlp is None else self.start + self.mlp(self.inputs).view_as(self.start)
-
-    def n_stored(self) -> int:
-        """-> how many numbers `save` writes; training has more of them where there is an MLP."""
-        return self.start.numel()
+        if self.mlp is None:
+            return self.start
+        return self.start + self.mlp(self.inputs).view_as(self.start)
 
     def bake(self) -> "Prefix":
-        """-> the same prefix without its MLP, which only training needs: the MLP's output becomes the numbers."""
+        """-> the same prefix without its MLP, which only training needs."""
         return Prefix(self.kv())
 
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
-        """-> L pairs (k, v) of (1, H, P, D), cast to the model's dtype; behind `past_kv` if there is one, for all its rows.
+        """-> L pairs (k, v) of (1, H, P, D) in the model's dtype; behind `past_kv` if there is one.
 
         Raises ValueError if the model has other sizes than the prefix.
         """
-        if self.start.shape != model.kv_shape(len(self.start)):
-            shapes = f"(P, L, 2, H, D) = {tuple(self.start.shape)}, but {model.name} needs {model.kv_shape(len(self.start))}"
-            raise ValueError(f"the prefix has {shapes}: load it onto the base that it was trained on")
-        per_layer = self.kv().to(model.dtype).permute(1, 2, 3, 0, 4)[:, :, None]  # (L, 2, 1, H, P, D)
+        shape, needed = tuple(self.start.shape), model.kv_shape(len(self.start))
+        if shape != needed:
+            sizes = f"(P, L, 2, H, D) = {shape}, but {model.name} needs {needed}"
+            raise ValueError(f"the prefix has {sizes}: load it onto the base that it was trained on")
+        layers = self.kv().to(model.dtype).movedim(0, 3)[:, :, None]  # (L, 2, 1, H, P, D)
         if past_kv is None:
-            return [(k, v) for k, v in per_layer]
+            return [(k, v) for k, v in layers]
         B = past_kv[0][0].size(0)
-        return [behind(past, *kv.expand(-1, B, -1, -1, -1)) for past, kv in zip(past_kv, per_layer)]
-
-    def save(self, directory: str | Path, model: Decoder | None = None) -> None:
-        """Writes a PEFT directory, and with a model given the fingerprint of that base. The MLP is baked in."""
-        P, L, _, H, D = self.start.shape
-        sizes = {"num_layers": L, "num_attention_heads": H, "token_dim": H * D, "encoder_hidden_size": H * D}
-        write_adapter(directory, "PREFIX_TUNING", self.kv().flatten(1), model, sizes)
-
-    @classmethod
-    def load(cls, directory: str | Path, model: Decoder | None = None) -> "Prefix":
-        """A PEFT prefix-tuning directory -> Prefix. With a model given, it must be the base that it was trained on.
-
-        PEFT stores (P, L·2·C), which are the axes here, flattened; the MLP of a PEFT adapter was baked in by PEFT.
-        """
-        rows, config = read_adapter(directory, "PREFIX_TUNING", model)
-        L, H, C = (config.get(key) for key in ("num_layers", "num_attention_heads", "token_dim"))
-        if not all(isinstance(n, int) and n > 0 for n in (L, H, C)) or C % H or rows.size(1) != L * 2 * C:
-            sizes = f"num_layers {L}, num_attention_heads {H}, token_dim {C} of its adapter_config.json"
-            raise ValueError(f"{directory}: rows of {rows.size(1)} numbers do not fit {sizes}")
-        return cls(rows.view(len(rows), L, 2, H, C // H))
+        rows = layers.expand(-1, -1, B, -1, -1, -1)  # one copy for each row of the past
+        return [append_past(past, k, v) for past, (k, v) in zip(past_kv, rows)]
 
 
 def trainable(start: Tensor) -> Tensor:
-    """-> a copy in float32, or in the wider dtype it has: half precision would round small updates away."""
+    """-> a copy in float32 or wider: half precision would round small updates away."""
     return start.to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()
-
-
-def drawn(ids: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """-> n of the ids, each at most once as long as there are enough."""
-    chosen = torch.multinomial(torch.ones(len(ids)), n, replacement=n > len(ids), generator=generator)
-    return ids[chosen.to(ids.device)]

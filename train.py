@@ -1,81 +1,41 @@
-"""Tune a frozen language model with a prefix or a soft prompt, save the adapter, evaluate it, and use it.
+"""Tune a frozen language model with a prefix or a soft prompt, save the adapter, and test it.
 
-    python train.py --method prefix                                      tune on an embedded task
-    python train.py --method soft_prompt --task chat                     another method, another task
-    python train.py --base gpt2 --data mine.jsonl --lr 0.03              your model, your data
-    python train.py --adapter out/sentence/prefix --prompt "name : …"    use what was trained
-    torchrun --nproc_per_node 2 train.py --method prefix                 tune on several devices at once
+    python train.py --method prefix                                  tune on an embedded task
+    python train.py --method soft_prompt --task chat                 another method, another task
+    python train.py --base gpt2 --data mine.jsonl                    your model, your data
+    torchrun --nproc_per_node 2 train.py --method prefix             on several devices at once
+
+generate.py uses what was trained.
 """
 
-import argparse
-import hashlib
-import json
+if __name__ == "__main__":  # a wrong flag is answered before torch takes its seconds to load
+    from command.console import run_command
+    from command.flags import train_flags
+
+    run_command(lambda: train_flags(__doc__))
+
 import math
-import os
-from itertools import islice, zip_longest
-from pathlib import Path
+from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command.adapters import STACK, load_adapters, new_adapters, save, save_as_prefix, take_best
-from command.flags import DEFAULT_BASE, parse
-from command.process import Progress, barrier, pick_device, prompts, run_command, say, start_process
-from command.process import sum_over_processes, this_process
-from data import IGNORE, Batch, Example, Row, batch_of, check_lengths, encode
-from data import hold_out, read_jsonl, shuffled_batches, source_ids
-from model import Decoder, KVCache
-from prefix import Prefix
-from small_base.pretrain import pretrain, read_text
-from small_base.world import task_examples
-from soft_prompt import SoftPrompt
-from storage.base import fingerprint, load_base
-from storage.checkpoints import Checkpoint, Curve, looks_since_best
-from storage.files import TRAINING, check_place, check_predictions, replace_file, write_json
-from storage.tokenizers import load_tokenizer
-
-Rows = dict[str, list[Row]]  # by split: train, validation, test
-
-
-class Recipe(NamedTuple):
-    """What a method trains with unless told otherwise; learning rates were chosen on validation data, for the small base."""
-
-    adapters: tuple[type[nn.Module], ...]
-    n_virtual: int  # of each adapter
-    lr: float
-    steps: int
-
-
-RECIPES = {
-    "prefix": Recipe((Prefix,), 8, 3e-1, 150),
-    "soft_prompt": Recipe((SoftPrompt,), 6, 1e-1, 150),
-    "both": Recipe((Prefix, SoftPrompt), 4, 3e-1, 150),
-    "full": Recipe((), 0, 1.5e-3, 150),
-    "none": Recipe((), 0, 0.0, 0),
-    "pretrain": Recipe((), 0, 2e-2, 350),
-}
-
-
-def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None:
-    """Adapters, the foremost first -> the cache of them all: each one is computed behind those before it."""
-    past_kv = None
-    for adapter in adapters:
-        past_kv = adapter.past_kv(model, past_kv)
-    return past_kv
-
-
-def n_past(past_kv: KVCache | None) -> int:
-    """-> the positions that a cache takes, of those that the model can see."""
-    return past_kv[0][0].size(2) if past_kv else 0
+from command.console import run_command, say
+from command.flags import train_flags
+from command.process import Progress, start_process, sum_over_processes, this_process
+from command.training import Desk
+from data import IGNORE, Batch, Row, batch_of, shuffled_batches
+from model import Decoder, KVCache, stacked_past_kv
+from storage.checkpoints import Checkpoint, Metrics
 
 
 def target_hidden(model: Decoder, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
     """-> (N, C) hidden states and (N,) ids, at the N positions of the batch that predict a target.
 
-    Only these will be projected onto the vocabulary, which at all positions would be a third of GPT-2's arithmetic.
+    Only these are projected onto the vocabulary: all positions would be a third of GPT-2's work.
     """
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)  # (B, T, C)
     scored = batch.targets != IGNORE
@@ -83,35 +43,46 @@ def target_hidden(model: Decoder, batch: Batch, past_kv: KVCache | None) -> tupl
 
 
 def loss_of(model: Decoder, batch: Batch, past_kv: KVCache | None, n_targets: int) -> Tensor:
-    """-> the loss in nats, summed over the batch's targets and divided by n_targets.
-
-    V is so much larger than C that logits would be the largest thing in memory: torch makes them 256 positions at a time.
-    """
+    """-> the loss in nats, summed over the batch's targets and divided by n_targets."""
     hidden, targets = target_hidden(model, batch, past_kv)
-    in_parts = nn.LinearCrossEntropyOptions(acc_policy="accurate", chunking_method=None, batch_chunk_size=256)
-    return F.linear_cross_entropy(hidden, model.head, targets, reduction="sum", options=in_parts) / n_targets
+    logits = hidden @ model.head.T  # (N, V)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / n_targets
+
+
+class Scores(NamedTuple):
+    loss: float  # nats a target token
+    tokens: float  # percentage of the target tokens that are the likeliest there
+    exact: list[bool]  # for each row, whether the greedy answer is its target
+
+    def exact_match(self) -> float:
+        """-> the percentage of exact answers."""
+        return 100 * sum(self.exact) / len(self.exact)
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_size: int) -> tuple[float, list[bool]]:
-    """-> the loss in nats per target token, and for each row whether the greedy answer is its target exactly.
+def evaluate(
+    model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_size: int
+) -> Scores:
+    """-> how well the targets are predicted.
 
-    Greedy decoding gives the target if and only if, at each of its positions and after the target so far, the likeliest
-    token is the target's. So one forward pass tells, and nothing need be generated.
+    Greedy decoding gives a target if and only if at each of its positions, behind the target so far,
+    the likeliest token is the target's. So one forward pass tells, and nothing need be generated.
     """
     past_kv = stacked_past_kv(adapters, model)
-    total, count, exact = 0.0, 0, torch.ones(len(rows), dtype=torch.bool)
+    loss, n_right, n_targets, exact = 0.0, 0, 0, torch.ones(len(rows), dtype=torch.bool)
     lengths = torch.tensor([len(row.source) + len(row.target) for row in rows])
-    for chunk in lengths.argsort(stable=True).split(batch_size):  # rows of like length, for less padding
+    for chunk in lengths.argsort(stable=True).split(batch_size):  # like lengths, for less padding
         batch = batch_of([rows[i] for i in chunk], model.device)
         hidden, targets = target_hidden(model, batch, past_kv)
         logits = (hidden @ model.head.T).float()  # (N, V)
-        total += F.cross_entropy(logits, targets, reduction="sum").item()
-        count += len(targets)
-        row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row that a scored position is in
-        wrong = row_of[logits.argmax(dim=-1) != targets].cpu()
-        exact[chunk[wrong]] = False
-    return total / count, exact.tolist()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        right = logits.argmax(dim=-1) == targets  # (N,)
+        n_right, n_targets = n_right + int(right.sum()), n_targets + len(targets)
+        row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row of each position
+        exact[chunk[row_of[~right].cpu()]] = False
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} in {model.dtype}")
+    return Scores(loss / n_targets, 100 * n_right / n_targets, exact.tolist())
 
 
 class Plan(NamedTuple):
@@ -122,225 +93,147 @@ class Plan(NamedTuple):
     batch_size: int
     seed: int
     eval_every: int
-    save_every: int
-    patience: int | None = None  # looks at the validation data without a new best, after which the training ends
+    micro_batch: int | None = None  # rows that go through the model at once
 
     def rate(self, step: int) -> float:
-        """-> the learning rate of a step, counted from 1: a short warm-up, then a straight line down (Li & Liang, appendix)."""
+        """-> the learning rate of a step, from 1 on: a short warm-up, then a straight line down."""
         return self.lr * min(step / 10, (self.steps - step + 1) / self.steps)
 
 
-class Diverged(ValueError):
-    """The loss is no number any more."""
+def tune(
+    model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None,
+    is_done: Callable[[Metrics], bool] = lambda metrics: False,
+) -> Metrics:  # fmt: skip
+    """Trains the adapters, or the model itself if there are none -> what was measured, by step."""
+    trainee = nn.ModuleList(adapters or [model])
+    optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
+    metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []
+    metrics = metrics or [{"step": 0, "lr": plan.lr} | look(model, adapters, rows, plan)]
+    first, (rank, processes) = metrics[-1]["step"], this_process()
+    progress = Progress(first, plan.steps)
+    batches = shuffled_batches(rows["train"], plan.batch_size, plan.seed)
+    for step, step_rows in enumerate(islice(batches, first, plan.steps), start=first + 1):
+        if is_done(metrics):
+            break
+        optimizer.param_groups[0]["lr"] = plan.rate(step)
+        optimizer.zero_grad()
+        n_targets = sum(len(row.target) for row in step_rows)
+        total = torch.zeros((), device=model.device)
+        for part in in_parts(step_rows[rank::processes], plan.micro_batch):
+            batch = batch_of(part, model.device)
+            loss = loss_of(model, batch, stacked_past_kv(adapters, model), n_targets)
+            loss.backward()
+            total += loss.detach()
+        sum_over_processes(total, trainee)
+        optimizer.step()
+        metrics.append({"step": step, "loss": total.item()})
+        if step % plan.eval_every == 0 or step == plan.steps:
+            metrics[-1] |= look(model, adapters, rows, plan)
+            if checkpoint and rank == 0:
+                checkpoint.save(trainee, optimizer, metrics)
+        if not math.isfinite(total.item()):
+            raise Diverged(f"the loss became {total.item()} with --lr {plan.lr:g}: lower it")
+        progress.show(step, n_targets, metrics[-1])
+    return metrics
 
 
-def finite(losses: dict[str, float], plan: Plan) -> dict[str, float]:
-    """-> the losses. Raises Diverged if one of them is no number."""
-    if not math.isfinite(loss := sum(losses.values())):
-        raise Diverged(f"the loss became {loss} with --lr {plan.lr:g}: lower it. What --out held before is untouched")
+def look(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan) -> dict[str, float]:
+    """-> what `evaluate` says of the validation data, by name."""
+    scores = evaluate(model, adapters, rows["validation"], plan.batch_size)
+    return {"validation": scores.loss, "tokens": scores.tokens, "exact_match": scores.exact_match()}
+
+
+def search_rate(middle: float, loss_at: Callable[[float], float]) -> dict[float, float]:
+    """The validation loss of a short training at a rate -> the losses of the rates that were tried.
+
+    These are the middle, a third and three times of it, and on beyond an edge while that is better
+    than all others by a hundredth.
+    """
+    losses = {rate: loss_at(rate) for rate in (two_digits(middle / 3), middle, two_digits(middle * 3))}
+    for factor, outermost in ((1 / 3, min), (3, max)):
+        edge = outermost(losses)
+        while losses[edge] < 0.99 * min(loss for rate, loss in losses.items() if rate != edge):
+            edge = two_digits(edge * factor)
+            losses[edge] = loss_at(edge)
     return losses
 
 
-def tune(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None) -> Curve:
-    """Trains the adapters, or the model itself if there are none -> its validation losses, (step, nats per token)."""
-    trainee = nn.ModuleList(adapters or [model])
-    optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
-    done, curve = checkpoint.load(trainee, optimizer) if checkpoint else (0, [])
-    curve = curve or [(0, evaluate(model, adapters, rows["validation"], plan.batch_size)[0])]
-    progress, (rank, processes) = Progress(done, plan.steps, curve[-1][1], checkpoint and checkpoint.file), this_process()
-    batches = islice(shuffled_batches(rows["train"], plan.batch_size, plan.seed), done, plan.steps)
-    for step, step_rows in enumerate(batches, start=done + 1):
-        if looks_since_best(curve) == plan.patience:
-            break
-        batch = batch_of(step_rows[rank::processes], model.device)
-        optimizer.param_groups[0]["lr"] = plan.rate(step)
-        optimizer.zero_grad()
-        loss = loss_of(model, batch, stacked_past_kv(adapters, model), sum(len(row.target) for row in step_rows))
-        loss.backward()
-        sum_over_processes(loss, trainee)
-        optimizer.step()
-        if step % plan.eval_every == 0 or step == plan.steps:
-            curve.append((step, evaluate(model, adapters, rows["validation"], plan.batch_size)[0]))
-        losses = finite({"loss": loss.item(), "validation": curve[-1][1]}, plan)
-        progress.show(step, batch.idx.numel(), **losses)
-        if checkpoint and rank == 0:
-            checkpoint.keep(trainee, optimizer, step, curve, plan)
-    return curve
+def two_digits(rate: float) -> float:
+    return float(f"{rate:.2g}")
 
 
-def load_examples(task: str, path: str | None, val_path: str | None, seed: int) -> dict[str, list[Example]]:
-    """-> train, validation and test examples, of an embedded task or a user's own.
+def find_rate(
+    begin: Callable[[], list[nn.Module]], model: Decoder, rows: Rows, plan: Plan, middle: float
+) -> dict[float, float]:
+    """-> the validation losses of short trainings, by learning rate. Each one begins anew."""
+    short = plan._replace(steps=math.ceil(plan.steps / 5), eval_every=plan.steps)
+    say(f"rate     three or more trainings of {short.steps} steps find the learning rate")
+    before = copy.deepcopy(model.state_dict()) if not begin() else None
 
-    Of one's own, the validation examples are the test examples too: whoever selects on them tests elsewhere, by --adapter.
-    """
-    if path is None:
-        sizes = {"train": 1000, "validation": 200, "test": 500}
-        return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
-    train = read_jsonl(path)
-    held_out, train = (read_jsonl(val_path), train) if val_path is not None else hold_out(train, seed)
-    return {"train": train, "validation": held_out, "test": held_out}
+    def loss_at(rate: float) -> float:
+        try:
+            loss = tune(model, begin(), rows, short._replace(lr=rate))[-1]["validation"]
+        except Diverged:
+            loss = math.inf
+        if before:
+            model.load_state_dict(before)
+        say(f"rate     {rate:g}: validation loss {loss:.3f}")
+        return loss
 
-
-@torch.inference_mode()  # as no_grad, and on a small model a tenth quicker
-def answers(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]], limit: int, **how: Any
-) -> list[str]:
-    """Source ids -> their continuations as text, each of at most `limit` tokens, up to the end of text.
-
-    Sources of one length share a batch, so that no padding stands between a source and its answer.
-    """
-    past_kv = stacked_past_kv(adapters, model)
-    texts, end, lengths = [""] * len(sources), tokenizer.eot_token, torch.tensor([len(source) for source in sources])
-    for length in lengths.unique().tolist():
-        room = max(1, min(limit, model.config.block_size + 1 - n_past(past_kv) - length))
-        for chunk in (lengths == length).nonzero()[:, 0].split(32):
-            idx = torch.tensor([sources[i] for i in chunk], device=model.device)
-            new = model.generate(idx, room, past_kv, stop_token=end, **how)[:, length:]
-            for i, row in zip(chunk, new.tolist()):  # filled up with the end of text, once it has come
-                texts[i] = tokenizer.decode([token for token in row if token != end and token < tokenizer.n_vocab])
-    return texts
+    return search_rate(middle, loss_at)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Command-line arguments -> what was measured. Raises ValueError, in one sentence, for what a user got wrong."""
-    args = parse(argv, __doc__, RECIPES)
+    """Command-line arguments -> what was measured. Raises ValueError for what a user got wrong.
+
+    Whatever could fail is checked before the training, and where it can be, before the model loads.
+    """
+    args = train_flags(__doc__, argv)
     rank, processes = start_process()
-    device = pick_device(args.device)
-    if args.batch_size < processes:
-        raise ValueError(f"--batch-size {args.batch_size} for {processes} processes: give each an example at least")
-    if args.method == "pretrain":
-        texts = [read_text(path) for path in args.corpus]
-        pretrain(args.out, texts, args.steps, args.lr, args.batch_size, args.seed, device, args.sizes)
-        return {"method": "pretrain", "out": str(args.out)}
-    training = not args.adapter and args.prompt is None
-    if processes > 1 and (args.patience or not training):
-        raise ValueError("torchrun shares out a training without --patience, and nothing else: run this with python")
-    examples = load_examples(args.task, args.data, args.val_data, args.seed) if training else {}
-    if Path(args.base) == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists() and rank == 0:
-        recipe = RECIPES["pretrain"]  # the same for every run
-        pretrain(DEFAULT_BASE, [], recipe.steps, recipe.lr, batch_size=16, seed=0, device=device)
-    barrier()
-    tokenizer, model = load_tokenizer(args.base), load_base(args.base)
-    model = model.to(device, args.dtype and getattr(torch, args.dtype)).freeze()
-    if training:
-        return adapt(args, model, tokenizer, examples)
-    adapters = [adapter for directory in args.adapter or [] for adapter in load_adapters(directory, model)]
-    if args.export:
-        source = " and ".join(os.path.abspath(directory) for directory in args.adapter)
-        return save_as_prefix(args.export, stacked_past_kv(adapters, model), model, source)
-    if args.prompt is not None:
-        return complete(args, model, adapters, tokenizer)
-    return assess(args, model, adapters, tokenizer)
+    if processes > min(args.batch_size, args.micro_batch or args.batch_size):
+        raise ValueError(f"{processes} processes need an example each: raise --batch-size")
+    examples = load_examples(args.task, args.data, args.val_data, args.seed)
+    record = settings_of(args, examples)  # becomes training.json
+    checkpoint = Checkpoint(args.out, record, args.resume, keep_best=bool(args.patience))
+    check_folders(args.method, args.out, record)
 
-
-def adapt(args: argparse.Namespace, model: Decoder, tokenizer: tiktoken.Encoding, examples: dict[str, list[Example]]) -> dict:
-    """Tunes, saves, and only then tests and shows -> what was measured. Whatever could fail is checked before."""
-    if args.method == "full" and model.dtype.itemsize < 4:
-        raise ValueError(f"--method full needs --dtype float32: {model.dtype} rounds small updates away")
-    model.requires_grad_(args.method == "full")
-    rows = {split: encode(tokenizer, some) for split, some in examples.items()}
-    how = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
-    adapters = new_adapters(RECIPES[args.method].adapters, model, tokenizer, rows["train"], *how)
-    context, taken = model.config.block_size, n_past(stacked_past_kv(adapters, model))
+    full = args.method == "full"
+    model, tokenizer, template = open_base(args.base, args.chat, args.device, args.dtype, full)
+    rows = {split: encode(tokenizer, some, template) for split, some in examples.items()}
+    start = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
+    begin = partial(new_adapters, KINDS[args.method], model, tokenizer, rows["train"], *start)
+    adapters = begin()
+    n_virtual = past_length(stacked_past_kv(adapters, model))
     for split in rows:
-        check_lengths(examples[split], rows[split], context, taken)
-    settings = settings_of(args, model, adapters, rows)
-    names = {"task": args.task, "data": args.data and os.path.abspath(args.data), "base": model.name, "out": str(args.out)}
-    found = settings | names  # becomes training.json
-    places = [args.out / name for name in STACK] if len(adapters) > 1 else [args.out] * (args.method != "none")
-    for place in places and [args.out, *places]:  # a stack does not move in with an adapter
-        check_place(place, found)
-    if args.predict:
-        check_predictions(args.predict)
-    say(f"base     {model.name}: {found['n_base']:,} parameters, context {context}, {found['dtype']} on {model.device}")
-    say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0]))
-    numbers = "trains {n_trainable:,} numbers, stores {n_stored:,}, which is {percent:.3g} % of the base".format(**found)
-    say(f"method   {args.method}: {numbers}")
-    say(f"frozen   validation loss {evaluate(model, [], rows['validation'], args.batch_size)[0]:.3f}")
+        check_lengths(examples[split], rows[split], model.config.block_size, n_virtual)
+    checkpoint.add_settings(base=fingerprint(model), dtype=str(model.dtype))
+    record |= sizes_of(model, adapters) | checkpoint.settings
+    check_folders(args.method, args.out, record)  # now with the base's fingerprint
+
+    say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0][:2]))
+    say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
     frozen = evaluate(model, [], rows["test"], args.batch_size)
-
-    checkpoint = Checkpoint(args.out / "checkpoint.safetensors", settings, args.resume)
-    found["curve"] = tune(model, adapters, rows, Plan(*(getattr(args, name) for name in Plan._fields)), checkpoint)
-    if this_process()[0] > 0:  # one is enough for what remains
-        return found
+    if not math.isfinite(frozen.loss):
+        overflow = f"{model.name} overflows in {model.dtype}: its loss is {frozen.loss}"
+        raise ValueError(f"{overflow} before any step; give --dtype float32")
+    lr = checkpoint.lr or args.lr
+    plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
+    if lr is None:
+        record["rates"] = find_rate(begin, model, rows, plan, RECIPES[args.method].middle)
+        plan = plan._replace(lr=min(record["rates"], key=record["rates"].get))
+    out_of_patience = lambda metrics: looks_since_best(metrics) == args.patience
+    metrics = tune(model, adapters, rows, plan, checkpoint, out_of_patience)
+    if rank > 0:  # one process is enough for what remains
+        return record
     if args.patience:
-        take_best(checkpoint, nn.ModuleList(adapters or [model]), found["curve"])
-    save(places, adapters, model, found, checkpoint)
+        checkpoint.restore_best(nn.ModuleList(adapters or [model]))
+    save_run(record, metrics, adapters, model, args.out)
+    checkpoint.end()
     tuned = evaluate(model, adapters, rows["test"], args.batch_size)
-    found |= compared(frozen, tuned)
-    for place in places:
-        write_json(place / TRAINING, found)
-    show(model, adapters, tokenizer, examples["test"], rows["test"], tuned[1], args.predict)
-    return found
-
-
-def settings_of(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], rows: Rows) -> dict[str, Any]:
-    """-> all that decides how a run goes, and its sizes; two runs that agree in it are the same run."""
-    flags = ("method", "n_virtual", "init", "init_text", "mid_dim", "steps", "lr", "batch_size")
-    flags += ("seed", "eval_every", "patience")
-    examples = hashlib.sha256(repr((rows["train"], rows["validation"])).encode()).hexdigest()[:16]
-    own = {"dtype": str(model.dtype).removeprefix("torch."), "base": fingerprint(model), "examples": examples}
-    n_base = sum(p.numel() for p in model.parameters())
-    n_trainable = sum(p.numel() for part in (model, *adapters) for p in part.parameters() if p.requires_grad)
-    n_stored = sum(adapter.n_stored() for adapter in adapters) or n_trainable
-    own |= {"n_base": n_base, "n_trainable": n_trainable, "n_stored": n_stored, "percent": 100 * n_stored / n_base}
-    return {flag: getattr(args, flag) for flag in flags} | own
-
-
-def compared(frozen: tuple[float, list[bool]], tuned: tuple[float, list[bool]]) -> dict[str, float]:
-    """What `evaluate` gave without and with adapters -> the same by name, printed."""
-    found = {"loss_frozen": frozen[0], "exact_match_frozen": share(frozen[1]), "loss": tuned[0], "exact_match": share(tuned[1])}
-    say("test     frozen  loss {loss_frozen:.3f}  exact match {exact_match_frozen:5.1f} %".format(**found))
-    say("         tuned   loss {loss:.3f}  exact match {exact_match:5.1f} %\n".format(**found))
-    return found
-
-
-def share(hits: list[bool]) -> float:
-    """-> the percentage of True."""
-    return 100 * sum(hits) / len(hits)
-
-
-def show(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example], rows: list[Row],
-    hits: list[bool], file: Path | None,
-) -> None:  # fmt: skip
-    """Prints three examples and their greedy answers, wrong ones first; with a file, writes all of them to it as JSONL."""
-    order = sorted(range(len(rows)), key=hits.__getitem__)[: None if file else 3]
-    sources, limit = [rows[i].source for i in order], 2 * max(len(row.target) for row in rows)
-    texts = answers(model, adapters, tokenizer, sources, limit)
-    found = {i: {"input": examples[i].input, "target": examples[i].target, "prediction": text} for i, text in zip(order, texts)}
-    without = answers(model, [], tokenizer, sources[:3], limit) if adapters else []  # a tuned base is frozen no more
-    for i, frozen in zip_longest(order[:3], without):
-        say("source   {input}\nexpected {target}\ngot      {prediction}".format(**found[i]))
-        say("frozen   {}\n".format(frozen.replace("\n", "\n         ")) if adapters else "")
-    if file:
-        check_predictions(file)
-        replace_file(file, "".join(f"{json.dumps(found[i])}\n" for i in range(len(rows))).encode())
-
-
-def assess(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding) -> dict:
-    """Evaluates saved adapters, on all of a file or the test data of a task, and shows answers -> what was measured."""
-    examples = read_jsonl(args.data) if args.data else task_examples(args.task, "test", 500, args.seed)
-    rows = encode(tokenizer, examples)
-    check_lengths(examples, rows, model.config.block_size, n_past(stacked_past_kv(adapters, model)))
-    if args.predict:
-        check_predictions(args.predict)
-    frozen, tuned = (evaluate(model, some, rows, args.batch_size) for some in ([], adapters))
-    found = compared(frozen, tuned)
-    show(model, adapters, tokenizer, examples, rows, tuned[1], args.predict)
-    return {"method": "evaluate"} | found
-
-
-def complete(args: argparse.Namespace, model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding) -> dict:
-    """Prints the completions of the prompts -> them."""
-    generator, completions = torch.Generator(model.device).manual_seed(args.seed), []
-    sampling = {"temperature": args.temperature or 0.0, "top_k": args.top_k, "generator": generator}
-    for batch in prompts(args.prompt):
-        sources = [source_ids(tokenizer, prompt) for prompt in batch]
-        for text in answers(model, adapters, tokenizer, sources, limit=256, **sampling):
-            say(text)
-            completions.append(text)
-    return {"method": "prompt", "completions": completions}
+    record |= report(frozen, tuned)
+    save_record(record, args.out)
+    show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned.exact)
+    return record
 
 
 if __name__ == "__main__":

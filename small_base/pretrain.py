@@ -1,4 +1,9 @@
-"""Makes the small base: a tokenizer and a GPT of 0.9 M parameters, in less than a minute on two cores."""
+"""Makes the small base: a tokenizer and a GPT of 0.9 M parameters, in well under a minute.
+
+    python -m small_base.pretrain --corpus a.txt b.txt --out out/own      a base of your own texts
+
+train.py makes the default base itself, where it is not there yet.
+"""
 
 import math
 import random
@@ -7,17 +12,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import regex
+import tiktoken
 import torch
 import torch.nn.functional as F
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor, nn
 
-from command.process import Progress, say
+from command.console import run_command, say
+from command.flags import DEFAULT_BASE, Parser, count, number, seed
+from command.process import Progress, pick_device, start_process
+from data import IGNORE
 from model import GPT, GPTConfig
 from small_base.world import random_document
 from storage.base import save_base
 from storage.files import TRAINING, check_place, write_json
 from storage.tokenizers import build_tokenizer, ranks_of, save_tokenizer
+
+STEPS = 150
 
 
 def read_text(path: str | Path) -> str:
@@ -67,88 +78,179 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def windows_anywhere(stream: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """(N,) ids -> (n, length) windows of them that start anywhere, so that the base meets every text at every position:
-    virtual tokens will shift the text."""
-    starts = torch.randint(len(stream) - length + 1, (n, 1), generator=generator)
-    return stream[starts + torch.arange(length)]
+def packed(documents: list[list[str]], tokenizer: tiktoken.Encoding) -> tuple[Tensor, Tensor]:
+    """Documents, each a list of lines -> (N,) ids of one stream, and (N,) targets: the next ids.
 
-
-def initialise(model: GPT) -> None:
-    """Starts a model as GPT-2 starts (§2.3), with N(0, 0.02²) and biases of zero, but its tokens with N(0, 0.4²).
-
-    0.02 leaves the tokens of a kind nearly alike, and what they share drowns what tells them apart: no value is copied.
-    Where they differ from the outset, all kinds are copied in half the steps.
+    The first of several lines is a source, drawn at random: it teaches nothing, and its noise would
+    double the steps. So it has no targets.
     """
+    ids, is_target = [], []
+    for first, *others in documents:
+        source = tokenizer.encode_ordinary(first + "\n" * bool(others))
+        rest = tokenizer.encode_ordinary("\n".join(others)) + [tokenizer.eot_token]
+        ids += source + rest
+        is_target += [not others] * len(source) + [True] * len(rest)
+    stream = torch.tensor(ids)
+    targets = stream.masked_fill(~torch.tensor(is_target), IGNORE)
+    return stream[:-1], targets[1:]
+
+
+def windows_anywhere(
+    stream: tuple[Tensor, Tensor], n: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(N,) ids and targets -> (n, length) windows of both that start anywhere.
+
+    So the base meets every text at every position: virtual tokens will shift the text.
+    """
+    starts = torch.randint(len(stream[0]) - length + 1, (n, 1), generator=generator)
+    ids, targets = (part[starts + torch.arange(length)] for part in stream)
+    return ids, targets
+
+
+@torch.no_grad()
+def initialise(model: GPT) -> None:
+    """Starts a model as GPT-2 starts (§2.3), but ready to copy, which saves half of the steps.
+
+    Tokens begin far enough apart that a copied one is told from its like. Positions begin as waves
+    (Vaswani et al. 2017 §3.5), so neighbours are alike. Attention begins by writing what it reads:
+    its output matrix undoes its value matrix (after Trockman & Kolter 2023).
+    """
+    c = model.config
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            # what is added to the residual stream starts smaller, by one over the root of its 2 L terms
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.config.n_layer) if "c_proj" in name else 0.02)
+            # what is added to the residual stream starts smaller, by the root of its 2 L terms
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer) if "c_proj" in name else 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.wte.weight, std=0.4)
+    nn.init.constant_(model.ln_f.weight, 0.1)  # the head is wte: logits still start small
+    angles = torch.arange(c.block_size)[:, None] * 1000 ** -(torch.arange(0, c.n_embd, 2) / c.n_embd)
+    model.wpe.weight.copy_(0.05 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd])
+    for block in model.h:
+        values = nn.init.orthogonal_(block.attn.c_attn.weight[2 * c.n_embd :])
+        block.attn.c_proj.weight.copy_(0.6 * values.T)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonal updates (Jordan et al. 2024): it learns to copy sooner than Adam.
+
+    In float32. torch's own computes in bfloat16, which many processors only emulate.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float):
+        shapes = {p.shape for p in matrices}  # those of one shape share each product
+        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in sorted(shapes)]
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            directions = []
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                directions.append(p.grad.lerp(momentum, 0.95))
+            rows, columns = directions[0].shape
+            scale = max(1, rows / columns) ** 0.5
+            for p, update in zip(group["params"], orthogonal(torch.stack(directions))):
+                p.mul_(1 - 0.1 * group["lr"]).sub_(update, alpha=scale * group["lr"])
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """(N, rows, columns) -> about the nearest matrices whose singular values are all 1."""
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):  # Newton and Schulz's iteration, with Jordan's coefficients
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x
 
 
 def pretrain(
-    out: Path, texts: list[str], steps: int, lr: float, batch_size: int, seed: int, device: torch.device,
-    sizes: Sequence[int] = (),
-) -> None:  # fmt: skip
-    """Makes a base from texts, or from the restaurant world where there are none, and saves it with its tokenizer to `out`.
+    out: Path,
+    corpus: Sequence[str] = (),
+    sizes: Sequence[int] = (4, 4, 128, 128),
+    steps: int = STEPS,
+    lr: float = 0.03,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: torch.device = torch.device("cpu"),
+) -> None:
+    """Makes a base of texts, or of the restaurant world, and saves it with its tokenizer to `out`.
 
-    Documents are packed into one stream and read in windows. A base is never overwritten, not even by another process that
-    finishes later. Raises ValueError if another model is there, the texts are too few, or the loss is no number.
+    Documents are packed into one stream and read in windows. A base is never overwritten, not even
+    by another process that ends later. Raises ValueError if another model is there, or the texts are
+    too few.
     """
     if (out / "config.json").exists():
-        raise ValueError(f"{out} holds a model already, and a base is not overwritten: name another --out")
-    training = {"method": "pretrain", "task": "texts" if texts else "the restaurant world", "data": None, "base": None}
-    training |= {"steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed}
-    check_place(out, training)
+        raise ValueError(f"{out} holds a model, which is not overwritten: name another --out")
+    record = {"method": "pretrain", "task": "texts" if corpus else "the restaurant world"}
+    record |= {"steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed}
+    check_place(out, record)
     say(f"pretraining the small base, once, into {out}")
     rng = random.Random(seed)
-    texts = texts or [random_document(rng) for _ in range(2 * steps * batch_size)]
-    merges = train_bpe(texts[:5000], n_merges=700)
+    documents = [[text] for text in corpus] or [random_document(rng) for _ in range(2 * steps * batch_size)]
+    merges = train_bpe(["\n".join(lines) for lines in documents[:5000]], n_merges=700)
     tokenizer = build_tokenizer(ranks_of(merges))
-    stream = torch.tensor([i for ids in tokenizer.encode_ordinary_batch(texts) for i in (*ids, tokenizer.eot_token)])
+    stream = packed(documents, tokenizer)
     torch.manual_seed(seed)
-    sizes = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), sizes))  # or those of GPTConfig
-    model = GPT(GPTConfig(tokenizer.n_vocab, **sizes)).to(device)
+    names = ("n_layer", "n_head", "n_embd", "block_size")
+    config = GPTConfig(tokenizer.n_vocab, **dict(zip(names, sizes)))
+    if len(stream[0]) < 10 * config.block_size:
+        few = f"the corpus has {len(stream[0])} tokens"
+        raise ValueError(f"{few}: give at least {10 * config.block_size} to learn from")
+    model = GPT(config).to(device)
     initialise(model)
-    nn.init.constant_(model.ln_f.weight, 0.1)  # so that the head, which is the same matrix, still starts with small logits
-    length = model.config.block_size + 1
-    if len(stream) < 10 * length:
-        raise ValueError(f"the corpus has {len(stream)} tokens; give at least {10 * length} to learn from")
-    generator = torch.Generator().manual_seed(seed)
-    loss = fit(model, (windows_anywhere(stream, batch_size, length, generator).to(device) for _ in range(steps)), steps, lr)
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr / 3, (0.9, 0.99), weight_decay=0.0)]
+    peaks = [lr, lr / 3]
+    generator, progress = torch.Generator().manual_seed(seed), Progress(0, steps)
+    for step in range(1, steps + 1):
+        # a short warm-up, a plateau, and a straight line down over the last 30 %
+        share = min(1, step / 10, (steps - step + 1) / (0.3 * steps))
+        ids, targets = windows_anywhere(stream, batch_size, config.block_size, generator)
+        model.zero_grad()
+        logits, _ = model(ids.to(device))  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
+        loss.backward()
+        for optimizer, peak in zip(optimizers, peaks):
+            for group in optimizer.param_groups:
+                group["lr"] = share * peak
+            optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss became {loss.item()} with --lr {lr:g}: lower it")
+        progress.show(step, ids.numel(), {"loss": loss.item()})
     if (out / "config.json").exists():
-        return say(f"{out} was made by another process meanwhile, and stays")
-    write_json(out / TRAINING, training | {"loss": loss})
+        say(f"{out} was made by another process meanwhile, and stays")
+        return
+    write_json(out / TRAINING, record | {"loss": loss.item()})
     save_tokenizer(out, merges)
     save_base(model, out)
 
 
-def fit(model: GPT, batches: Iterable[Tensor], steps: int, lr: float) -> float:
-    """Trains a model to predict each next token of its batches, (B, T + 1) ids, one a step -> the last loss."""
-    optimizers, progress = optimizers_of(model, lr), Progress(0, steps)
-    for step, tokens in enumerate(batches):
-        for optimizer, peak in optimizers:
-            # warm-up, a plateau, and a straight line down over the last 30 %
-            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 30, (steps - step) / (0.3 * steps))
-        model.zero_grad()
-        logits, _ = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss became {loss:.3g} with --lr {lr:g}: lower it. Nothing was saved")
-        for optimizer, _ in optimizers:
-            optimizer.step()
-        progress.show(step + 1, tokens[:, 1:].numel(), loss=loss.item())
-    return loss.item()
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--corpus", metavar="FILE", nargs="+", default=[], help="texts (default: the restaurant world)")
+    sizes = "layers, heads, width and context (default: 4 4 128 128)"
+    names = ("L", "H", "C", "BLOCK")
+    add("--sizes", metavar=names, nargs=4, type=count, default=[4, 4, 128, 128], help=sizes)
+    add("--steps", type=count, default=STEPS, help=f"optimizer steps (default: {STEPS})")
+    add("--lr", type=number(float, 1e-30, 1e38), default=0.03, help="peak rate (default: 0.03)")
+    add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")
+    add("--seed", type=seed, default=0, help="of the world, the order and the start (default: 0)")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--out", metavar="DIR", type=Path, default=DEFAULT_BASE, help=f"(default: {DEFAULT_BASE})")
+    args = parser.parse_args(argv)
+    if args.sizes[2] % args.sizes[1]:
+        parser.error(f"--sizes {args.sizes}: give a width that is a multiple of the heads")
+    start_process()
+    texts = [read_text(path) for path in args.corpus]
+    how = (args.sizes, args.steps, args.lr, args.batch_size, args.seed, pick_device(args.device))
+    pretrain(args.out, texts, *how)
 
 
-def optimizers_of(model: GPT, lr: float) -> list[tuple[torch.optim.Optimizer, float]]:
-    """-> Muon (Jordan et al. 2024) for the matrices of the blocks, with which copying is learnt sooner than with Adam, and
-    AdamW for all else; each with its peak learning rate."""
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1)
-    return [(muon, lr), (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), 3e-3)]
+if __name__ == "__main__":
+    run_command(main)

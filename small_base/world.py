@@ -117,13 +117,15 @@ def random_record(rng: random.Random, split: str) -> Record:
             return record
 
 
-def random_document(rng: random.Random) -> str:
-    """-> a training record's source and one or three of its forms, a line each: a value that comes several times is what
-    teaches a model to copy."""
+def random_document(rng: random.Random) -> list[str]:
+    """-> the lines of a document: a training record's source, and one or three of its forms.
+
+    A value that comes several times is what teaches a model to copy.
+    """
     record = random_record(rng, "train")
     source = rng.choice(list(DOCUMENTS))
     forms = rng.sample(DOCUMENTS[source], rng.choice([1, 3, 3, 3]))
-    return "\n".join(FORMS[form](record) for form in [source, *forms])
+    return [FORMS[form](record) for form in [source, *forms]]
 
 
 def task_examples(name: str, split: str, n: int, seed: int) -> list[Example]:

@@ -1,0 +1,48 @@
+"""How a program speaks, asks, and ends."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def say(text: str, start: str = "", end: str = "\n") -> None:
+    """Prints text that may hold a stranger's control characters, to a console that may be gone."""
+    try:
+        print(start + re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text), end=end, flush=True)
+    except BrokenPipeError:  # as with `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prompts(text: str) -> Iterator[list[str]]:
+    """--prompt -> batches of prompts: the text, or for "-" the lines of stdin. On a terminal, each
+    line is a batch of its own, so that it is answered at once."""
+    if text != "-":
+        yield [text]
+    elif not sys.stdin.isatty():
+        yield [line for line in re.split(r"\r?\n", sys.stdin.read()) if line]
+    else:
+        say("One input a line. Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+        for line in sys.stdin:
+            yield [line.rstrip("\r\n")]
+
+
+def run_command(command: Callable[[], Any]) -> None:
+    """Runs a program. A user's mistake ends in one sentence and status 2, Ctrl-C in status 130."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # a console that cannot show a character shows another
+    try:
+        command()
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        sentence = "".join(c if c.isprintable() else " " for c in str(error))[:1000]
+        if isinstance(error, RuntimeError) and ("memory" not in sentence or "illegal" in sentence):
+            raise  # a mistake of ours
+        if isinstance(error, (MemoryError, RuntimeError)):
+            sentence = f"out of memory: lower --batch-size or --n-virtual ({sentence})"
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,185 @@
+"""Bases and adapters by the words of the command line: opened, begun, saved."""
+
+import argparse
+import hashlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from torch import nn
+
+from command.console import say
+from command.flags import DEFAULT_BASE
+from command.process import barrier, pick_device, pick_dtype, this_process
+from data import Example, Row, hold_out, read_jsonl
+from model import Decoder
+from prefix import Prefix
+from small_base.pretrain import pretrain
+from small_base.world import task_examples
+from soft_prompt import SoftPrompt
+from storage.adapters import adapter_rows, load_adapter, save_adapter
+from storage.base import load_base, save_base
+from storage.checkpoints import Metrics
+from storage.files import TRAINING, check_place, read_json, replace_file, saved_file, write_json
+from storage.hub import base_directory
+from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
+
+KINDS = {"prefix": [Prefix], "soft_prompt": [SoftPrompt], "both": [Prefix, SoftPrompt], "full": []}
+STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, the foremost first
+
+
+def open_base(
+    name: str | Path, chat: bool, device: str | None, dtype: str | None, full: bool = False
+) -> tuple[Decoder, tiktoken.Encoding, Callable | None]:
+    """A base's directory or name -> the frozen model, its tokenizer, and with `chat` its template.
+
+    The small base is made first, where it is not there yet.
+    """
+    where = pick_device(device)
+    if Path(name) == DEFAULT_BASE and not (DEFAULT_BASE / "config.json").exists():
+        if this_process()[0] == 0:
+            pretrain(DEFAULT_BASE, device=where)
+    barrier()
+    tokenizer, template = load_tokenizer(name), load_chat_template(name) if chat else None
+    model = load_base(name)
+    model = model.to(where, pick_dtype(dtype, model, where, full)).requires_grad_(full)
+    n, c = sum(p.numel() for p in model.parameters()), model.config
+    number_type = str(model.dtype).removeprefix("torch.")
+    say(f"base     {name}: {n:,} parameters, context {c.block_size}, {number_type} on {where}")
+    return model, tokenizer, template
+
+
+def new_adapters(
+    kinds: list[type[nn.Module]], model: Decoder, tokenizer: tiktoken.Encoding, rows: list[Row],
+    P: int, init: str, init_text: str | None = None, seed: int = 0, mid_dim: int | None = None,
+) -> list[nn.Module]:  # fmt: skip
+    """-> adapters of P tokens each, the foremost first, as training starts with them."""
+    generator = torch.Generator().manual_seed(seed)
+    if init == "random":
+        adapters = [kind.random(model, P, generator) for kind in kinds]
+    elif init == "zero":
+        adapters = [kind.zero(model, P) for kind in kinds]
+    elif init == "vocab":  # words of the task, drawn (Li & Liang §6.5, Lester et al. §3.2)
+        counts = Counter(i for row in rows for i in row.source + row.target)
+        frequent = [token for token, _ in counts.most_common(5000)]
+        adapters = [kind.text(model, drawn_tokens(frequent, P, generator).to(model.device)) for kind in kinds]
+    elif init == "text":
+        # By default the end of a training example: the input comes where a new document would
+        ids = tokenizer.encode(init_text or "", allowed_special="all")
+        ids = ids or (rows[0].source + rows[0].target)[-len(kinds) * P :]
+        ids = torch.tensor(ids * len(kinds) * P, device=model.device)  # repeated as often as need be
+        adapters = [kind.text(model, ids[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
+    else:
+        adapters = load_adapters(init, model)
+    if [type(adapter) for adapter in adapters] != kinds:
+        held, wanted = (" and ".join(k.__name__ for k in some) for some in (map(type, adapters), kinds))
+        raise ValueError(f"--init {init} holds {held}, and --method trains {wanted or 'no adapter'}")
+    if mid_dim:
+        torch.manual_seed(seed)
+        adapters[0].reparametrise(mid_dim)
+    return adapters
+
+
+def drawn_tokens(ids: list[int], n: int, generator: torch.Generator) -> torch.Tensor:
+    """-> n of the ids, each at most once as long as there are enough."""
+    chosen = torch.multinomial(torch.ones(len(ids)), n, n > len(ids), generator=generator)
+    return torch.tensor(ids)[chosen]
+
+
+def folders_of(method: str, out: Path) -> list[Path]:
+    """-> where a method's adapters, or its model, are saved."""
+    return [out / name for name in STACK] if method == "both" else [out]
+
+
+def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
+    """A saved adapter, or the folder of a stack -> the adapters in it, the foremost first."""
+    inner, alone = folders_of("both", Path(directory)), Path(directory) / "adapter_config.json"
+    folders = inner if all(map(Path.is_dir, inner)) and not alone.exists() else [Path(directory)]
+    return [load_adapter(folder, model).to(model.device) for folder in folders]
+
+
+def trained_on(directory: str | Path) -> tuple[str | None, bool]:
+    """A saved adapter, or the folder of a stack -> the name of its base, and whether it was --chat."""
+    alone = Path(directory) / "adapter_config.json"
+    folder = alone.parent if alone.exists() else folders_of("both", Path(directory))[0]
+    config = read_json(saved_file(folder, "adapter_config.json"))
+    record = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
+    return config.get("base_model_name_or_path"), record.get("chat", False)
+
+
+def load_examples(
+    task: str, path: str | None, val_path: str | None, seed: int
+) -> dict[str, list[Example]]:
+    """-> train, validation and test examples, of an embedded task or a user's own.
+
+    One's own validation examples are the test examples too: what was chosen by them is to be tested
+    elsewhere.
+    """
+    if path is None:
+        sizes = {"train": 1000, "validation": 200, "test": 500}
+        return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
+    train = read_jsonl(path)
+    held_out, train = hold_out(train, seed) if val_path is None else (read_jsonl(val_path), train)
+    return {"train": train, "validation": held_out, "test": held_out}
+
+
+def settings_of(args: argparse.Namespace, examples: dict[str, list[Example]]) -> dict[str, Any]:
+    """-> what decides how a run goes, the base left out. Two runs that agree in it are the same."""
+    flags = "method task n_virtual init init_text mid_dim steps lr batch_size seed eval_every patience chat"
+    pairs = [example[:2] for split in ("train", "validation") for example in examples[split]]
+    digest = hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
+    return {flag: getattr(args, flag) for flag in flags.split()} | {"examples": digest}
+
+
+def sizes_of(model: Decoder, adapters: list[nn.Module]) -> dict[str, Any]:
+    """-> how many numbers there are, are trained, and are stored."""
+    n_base = sum(p.numel() for p in model.parameters())
+    parts = [model, *adapters]
+    n_trainable = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    n_stored = sum(adapter_rows(adapter).numel() for adapter in adapters) or n_base
+    percent = 100 * n_stored / n_base
+    return {"n_base": n_base, "n_trainable": n_trainable, "n_stored": n_stored, "percent": percent}
+
+
+def check_folders(method: str, out: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError if a run's folders hold what another run trained, or cannot be written to."""
+    for folder in {out, *folders_of(method, out)}:  # a stack does not move in with an adapter
+        check_place(folder, record)
+
+
+def save_run(record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module], model: Decoder) -> None:
+    """Saves the adapters, or the tuned model, with the metrics and the record of the training."""
+    out = Path(record["out"])
+    for folder, adapter in zip(folders_of(record["method"], out), adapters or [None]):
+        write_json(folder / TRAINING, record)
+        if adapter is not None:
+            save_adapter(adapter, folder, model)
+        else:
+            copy_tokenizer(model.name, folder)
+            save_base(model, folder, read_json(base_directory(model.name) / "config.json"))
+    lines = "".join(f"{json.dumps(entry)}\n" for entry in metrics)
+    replace_file(out / "metrics.jsonl", lines.encode())
+    draw_curve(out / "curve.png", metrics)
+    use = f"--adapter {shlex.quote(str(out))}" if adapters else f"--base {shlex.quote(str(out))}"
+    say(f'saved to {out}; use it with: python generate.py {use} --prompt "…"\n')
+
+
+def draw_curve(file: Path, metrics: Metrics) -> None:
+    """Draws the losses by step, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("loss", "-"), ("validation", ".-")):
+        points = [(entry["step"], entry[name]) for entry in metrics if name in entry]
+        axes.plot(*zip(*points), style, label=name)
+    axes.set(xlabel="step", ylabel="nats a token", yscale="log")
+    axes.legend()
+    figure.savefig(file, dpi=100)

@@ -1,0 +1,105 @@
+"""Use what train.py trained: complete a prompt, evaluate on a file, or export for PEFT.
+
+    python generate.py --adapter out/sentence/prefix --prompt "name : …"          complete one input
+    python generate.py --adapter out/sentence/prefix --prompt -                   a dialogue, or stdin
+    python generate.py --adapter out/mine/prefix --data test.jsonl --predict answers.jsonl
+    python generate.py --adapter out/mine/both --export out/mine/one              a stack as one prefix
+"""
+
+if __name__ == "__main__":  # a wrong flag is answered before torch takes its seconds to load
+    from command.console import run_command
+    from command.flags import generate_flags
+
+    run_command(lambda: generate_flags(__doc__))
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from torch import nn
+
+from command.answers import answers, report, show_examples, write_predictions
+from command.console import prompts, run_command, say
+from command.flags import DEFAULT_BASE, generate_flags
+from command.models import load_adapters, open_base, trained_on
+from command.process import start_process
+from data import check_lengths, encode, read_jsonl, source_ids
+from model import Decoder, past_length, stacked_past_kv
+from prefix import Prefix
+from small_base.world import task_examples
+from storage.adapters import save_adapter
+from storage.files import check_place, check_predictions
+from train import evaluate
+
+
+def complete(
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, template: Callable | None,
+    args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Prints the completion of each prompt -> the completions."""
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "generator": generator}
+    completions = []
+    for batch in prompts(args.prompt):
+        sources = [source_ids(tokenizer, prompt, template) for prompt in batch]
+        limit, size = args.max_new_tokens, args.batch_size
+        for text in answers(model, adapters, tokenizer, sources, limit, size, **sampling):
+            say(text)
+            completions.append(text)
+    return {"completions": completions}
+
+
+def assess(
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, template: Callable | None,
+    args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates on a file, or the test data of a task, with and without adapters -> the scores."""
+    task = args.task or "sentence"
+    examples = read_jsonl(args.data) if args.data else task_examples(task, "test", 500, args.seed)
+    rows = encode(tokenizer, examples, template)
+    n_virtual = past_length(stacked_past_kv(adapters, model))
+    check_lengths(examples, rows, model.config.block_size, n_virtual)
+    frozen = evaluate(model, [], rows, args.batch_size)
+    tuned = evaluate(model, adapters, rows, args.batch_size) if adapters else frozen
+    scores = report(frozen, tuned)
+    if args.predict:
+        sources = [row.source for row in rows]
+        got = answers(model, adapters, tokenizer, sources, args.max_new_tokens, args.batch_size)
+        write_predictions(args.predict, examples, got)
+        say(f"{len(got)} predictions in {args.predict}")
+    else:
+        show_examples(model, adapters, tokenizer, examples, rows, tuned.exact)
+    return scores
+
+
+def export(directory: Path, model: Decoder, adapters: list[nn.Module], names: list[str]) -> dict[str, Any]:
+    """Saves whatever has a cache as one prefix: PEFT has no kind for a stack -> what was done."""
+    done = {"method": "export", "adapters": names, "base": model.name}
+    check_place(directory, done)
+    write_json(directory / TRAINING, done)
+    save_adapter(Prefix.from_cache(stacked_past_kv(adapters, model)), directory, model)
+    say(f"saved to {directory}, as one prefix")
+    return done
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Command-line arguments -> what was done. Raises ValueError for what a user got wrong."""
+    args = generate_flags(__doc__, argv)
+    start_process()
+    if args.predict:
+        check_predictions(args.predict)
+    base, chat = trained_on(args.adapter[0]) if args.adapter else (None, False)
+    base = args.base or base or DEFAULT_BASE
+    model, tokenizer, template = open_base(base, args.chat or chat, args.device, args.dtype)
+    adapters = [adapter for name in args.adapter for adapter in load_adapters(name, model)]
+    if args.export:
+        return export(args.export, model, adapters, args.adapter)
+    act = assess if args.prompt is None else complete
+    return act(model, adapters, tokenizer, template, args)
+
+
+if __name__ == "__main__":
+    run_command(main)
