@@ -64,11 +64,21 @@ def base(request, tmp_path):
     return directory
 
 
-def random_adapter(method, model, directory):
+def random_adapter(method, base, directory):
     """-> an adapter of random numbers, which is also saved to the directory."""
-    shape = model.kv_shape(P) if method == "prefix" else (P, model.config.n_embd)
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    adapter = Prefix(numbers) if method == "prefix" else SoftPrompt(numbers)
+    model = load_base(base)
+    torch.manual_seed(1)
+    if method == "cartridge":
+        peft = pytest.importorskip("peft", reason="a peer: see tests/requirements.txt")
+        peer = transformers.AutoModelForCausalLM.from_pretrained(base)
+        config = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+        theirs = peft.get_peft_model(peer, config)
+        theirs.save_pretrained(directory)
+        return Prefix(theirs.get_prompt_embedding_to_save("default").view(model.kv_shape(P)))
+    if method == "prefix":
+        adapter = Prefix(torch.randn(model.kv_shape(P)))
+    else:
+        adapter = SoftPrompt(torch.randn(P, model.config.n_embd))
     adapter.save(directory, model)
     return adapter
 
@@ -106,10 +116,10 @@ def assert_our_tokens(base, adapter, directory, texts, sources, chat=False):
 
 
 @pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("method", ["prefix", "soft prompt"])
+@pytest.mark.parametrize("method", ["prefix", "soft prompt", "cartridge"])
 def test_the_pages_code_gives_our_tokens(tmp_path, base, method, texts):
-    """Behind both methods, on GPT-2 and a Llama, for one text and for three of unequal length."""
-    adapter = random_adapter(method, load_base(base), tmp_path / "adapter")
+    """On GPT-2 and a Llama, for one text and for three of unequal length."""
+    adapter = random_adapter(method, base, tmp_path / "adapter")
     encode = load_tokenizer(base).encode_ordinary
     sources = [encode(text) + encode("\n") for text in texts]
     assert_our_tokens(base, adapter, tmp_path / "adapter", texts, sources)
@@ -117,7 +127,7 @@ def test_the_pages_code_gives_our_tokens(tmp_path, base, method, texts):
 
 def test_with_its_chat_lines_the_page_uses_the_template(tmp_path, base):
     """Then a text is what the user says, and the answer starts where the template ends."""
-    adapter = random_adapter("prefix", load_base(base), tmp_path / "adapter")
+    adapter = random_adapter("prefix", base, tmp_path / "adapter")
     texts, encode = TEXTS["three rows"], load_tokenizer(base).encode_ordinary
     sources = [encode(f"user: {text}\nreply:") for text in texts]
     assert_our_tokens(base, adapter, tmp_path / "adapter", texts, sources, chat=True)
