@@ -18,9 +18,10 @@ from storage.tokenizers import load_tokenizer, save_tokenizer
 DOCS = Path(__file__).parent.parent / "docs" / "your-data-peft.md"
 
 transformers = pytest.importorskip("transformers", reason="a peer: see tests/requirements.txt")
-pytestmark = pytest.mark.filterwarnings(  # from transformers 5.24 on
-    "ignore:`past_key_values` is deprecated:FutureWarning"
-)
+pytestmark = [  # what the peers say to each other
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 P, BLOCK = 4, 64
 SIZES = {
