@@ -21,6 +21,7 @@ from model import GPT, GPTConfig
 from prefix import Prefix
 from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
+from storage.adapters import load_adapter
 from storage.base import load_base, save_base
 from storage.tokenizers import END_OF_TEXT, load_tokenizer, save_tokenizer
 
@@ -275,6 +276,20 @@ def test_an_adapter_from_peft_loads_here(tmp_path, name, dtype):
     theirs.save_pretrained(tmp_path / "adapter")
     ours = train.load_adapters(tmp_path / "adapter", model)[0]
     assert type(ours) is ADAPTERS[name][0]
+    assert_same(model, theirs, [ours])
+
+
+@pytest.mark.parametrize("n_frozen", [0, 1, P])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cartridge_of_peft_loads_as_a_prefix(tmp_path, dtype, n_frozen):
+    """However many of its first tokens PEFT keeps frozen, all of them are in the file."""
+    peer, model = peer_base(tmp_path / "base", dtype=dtype)
+    sizes = {"num_virtual_tokens": P, "num_frozen_tokens": n_frozen}
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(peer, peft.CartridgeConfig(task_type="CAUSAL_LM", **sizes)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_adapter(tmp_path / "adapter", model)
+    assert type(ours) is Prefix
     assert_same(model, theirs, [ours])
 
 
