@@ -214,23 +214,39 @@ def use_tokenizer(directory: Path) -> None:
     assert tokenizer.decode(data.source_ids(tokenizer, said)) == said + "\n"
 
 
+def row_of_data(rng: random.Random) -> dict:
+    """-> a row in one of the formats that are read, some with a column too many."""
+    source, target = text(rng), text(rng)
+    user, answer = {"role": "user", "content": source}, {"role": "assistant", "content": target}
+    rows = [{"input": source, "target": target}, {"prompt": source, "completion": target}]
+    rows += [{"instruction": source, "input": text(rng), "output": target}, {"target": target}]
+    rows += [{"messages": [user, answer]}, {"messages": [user, answer, user, answer]}]
+    return rng.choice(rows) | rng.choice([{}, {}, {text(rng): anything(rng)}])
+
+
 def test_bad_lines_of_data(places):
     """400 files of examples; those that are read come back from their ids as they were."""
     rng, path, outcomes = random.Random(0), places / "bad.jsonl", set()
-    tokenizer = load_tokenizer(places / "base")
+    tokenizer, formats = load_tokenizer(places / "base"), set()
 
     def use() -> None:
-        examples = data.read_jsonl(path)
+        examples = data.read_jsonl(path, say=str)
+        for row, example in zip(data.encode(tokenizer, examples, json.dumps), examples):
+            given, said = example.input, json.loads(tokenizer.decode(row.source))
+            assert said == ([{"role": "user", "content": given}] if isinstance(given, str) else given)
+            assert tokenizer.decode(row.target[:-1]) == example.target
+            formats.add(type(given))
         for row, example in zip(data.encode(tokenizer, examples), examples):
-            assert tokenizer.decode(row.source) == example.input + "\n" and tokenizer.decode(row.target[:-1]) == example.target
+            assert tokenizer.decode(row.source) == example.input + "\n"
 
     for _ in range(400):
-        lines = [json.dumps({"input": text(rng), "target": text(rng)}, ensure_ascii=rng.random() < 0.5) for _ in range(3)]
+        lines = [json.dumps(row_of_data(rng), ensure_ascii=rng.random() < 0.5) for _ in range(3)]
         content = [line.encode(errors="surrogatepass") for line in lines]
-        content[1] = rng.choice([content[1], json.dumps(anything(rng)).encode(), changed_value(rng, content[1])])
+        middle = [content[1], json.dumps(anything(rng)).encode(), changed_value(rng, content[1])]
+        content[1] = rng.choice(middle)
         path.write_bytes(rng.choice([b"\n".join(content), damaged(rng, b"\n".join(content))]))
         outcomes.add(check(use, places, path.read_bytes()))
-    assert outcomes == {True, False}
+    assert outcomes == {True, False} and formats == {str, list}
 
 
 @pytest.mark.parametrize("kind", ["prefix", "soft_prompt"])

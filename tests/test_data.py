@@ -1,18 +1,21 @@
-"""What the data promises: texts that survive, targets that alone are scored, sentences instead of tracebacks."""
+"""What the data promises: texts survive, only targets are scored, mistakes get a sentence."""
 
 import doctest
+import gzip
 import json
+import os
 import random
 import re
+import threading
+from collections import Counter
 from itertools import islice
 
 import pytest
 import torch
 
 import data
-from data import (
-    IGNORE, LONGEST_LINE, Example, Row, batch_of, check_lengths, encode, hold_out, read_jsonl, shuffled_batches, source_ids,
-)  # fmt: skip
+from data import IGNORE, Example, Row, batch_of, check_lengths, encode
+from data import hold_out, read_jsonl, shuffled_batches, source_ids
 from small_base.pretrain import train_bpe
 from small_base.world import random_document
 from storage.tokenizers import build_tokenizer, ranks_of
@@ -28,14 +31,17 @@ def test_the_examples_in_the_docstring_run():
     assert doctest.testmod(data).failed == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSONL
+# -------------------------------------------------------------------------------------------- JSONL
 
 
 def test_jsonl_is_read_with_empty_lines_and_without_input(tmp_path):
     """Each example knows its file and its line."""
     path = tmp_path / "a.jsonl"
-    path.write_text('{"input": "a\\u2028b", "target": "é"}\n \n{"target": "c"}\r\n', encoding="utf-8")
-    assert read_jsonl(path) == [Example("a\u2028b", "é", f"{path} line 1"), Example("", "c", f"{path} line 3")]
+    lines = '{"input": "a\\u2028b", "target": "é"}\n \n{"target": "c"}\r\n'
+    path.write_text(lines, encoding="utf-8")
+    first, second = read_jsonl(path)
+    assert first == Example("a\u2028b", "é", f"{path} line 1")
+    assert second == Example("", "c", f"{path} line 3")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -45,82 +51,257 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     assert [example[:2] for example in read_jsonl(path)] == [("é", "\ufeffb"), ("", "c")]
 
 
+USER = {"role": "user", "content": "say"}
+ANSWER = {"role": "assistant", "content": "the cat"}
+SYSTEM = {"role": "system", "content": "short"}
+
+
+@pytest.mark.parametrize(
+    "row, source, target",
+    [
+        ({"input": "say", "target": "the cat"}, "say", "the cat"),
+        ({"prompt": "say", "completion": "the cat"}, "say", "the cat"),
+        ({"instruction": "say", "input": "Meadow", "output": "the cat"}, "say\nMeadow", "the cat"),
+        ({"output": "the cat", "input": "Meadow", "instruction": "say"}, "say\nMeadow", "the cat"),
+        ({"instruction": "say", "input": "", "output": "the cat"}, "say", "the cat"),
+        ({"instruction": "say", "output": "the cat"}, "say", "the cat"),
+        ({"messages": [USER, ANSWER]}, "say", "the cat"),
+        ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER], "the cat"),
+        ({"messages": [USER, ANSWER, USER, ANSWER | {"content": "b"}]}, [USER, ANSWER, USER], "b"),
+        ({"messages": [ANSWER]}, "", "the cat"),
+        ({"messages": [SYSTEM, ANSWER]}, [SYSTEM], "the cat"),
+        ({"messages": [USER | {"name": "Ann"}, ANSWER]}, "say", "the cat"),
+    ],
+)
+def test_a_line_is_read_in_the_format_it_has(tmp_path, row, source, target):
+    """Inputs, prompts, instructions and conversations; one file may mix them."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"input": "a", "target": "b"}) + "\n" + json.dumps(row) + "\n")
+    expected = [Example("a", "b", f"{path} line 1"), Example(source, target, f"{path} line 2")]
+    assert read_jsonl(path) == expected
+
+
+def test_columns_that_are_not_used_are_said_once(tmp_path, capsys):
+    """A column `id` is no fault. `say` gets one line a file, without control characters."""
+    path, said = tmp_path / "a.jsonl", []
+    row = {"input": "a", "target": "b"}
+    path.write_text("".join(json.dumps(row | {"id": i, "\x1b": None}) + "\n" for i in range(3)))
+    assert [example[:2] for example in read_jsonl(path, say=said.append)] == [("a", "b")] * 3
+    assert said == [f"{path}: columns that are not used: '\\x1b', 'id'"]
+    read_jsonl(path)
+    assert capsys.readouterr().out == said[0] + "\n"
+    path.write_text("".join(json.dumps(row | {"x" * 100 + str(i): i}) + "\n" for i in range(1000)))
+    read_jsonl(path, say=said.append)
+    assert len(said[1]) < 400
+    path.write_text(json.dumps(row))
+    read_jsonl(path, say=said.append)
+    assert len(said) == 2
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("[1]", "line 2 is not an object"),
-        ('{"input": "a"}', 'line 2 is not an object with a "target"'),
-        ('{"target": 3}', 'line 2: "target" is 3, not a string'),
-        ('{"target": "a", "input": null}', 'line 2: "input" is None, not a string'),
-        ('{"target": "a"', "line 2 is not JSON"),
-        ("[" * 100_000, "line 2 is not JSON"),
-        ('{"target": "\\ud800"}', "line 2.*surrogate"),
-        ('{"prompt": "a", "target": "b"}', 'line 2 has the key "prompt": name the two texts "input" and "target"'),
-        ('{"input": "a", "target": "b", "Input": "c"}', 'line 2 has the key "Input"'),
+        ('{"target": "a"', "is not JSON .*: correct it"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"target": "\\ud800"}', "is not JSON .*surrogate"),
+        (json.dumps({"messages": [USER | {"content": "\ud800"}, ANSWER]}), ".*surrogate"),
+        ("[1]", r"""needs an "input" and "target", or "messages": \[1\]"""),
+        ('{"input": "a"}', """needs an "input" and "target", or "messages": {'input': 'a'}"""),
+        ('{"target": 3}', "needs an .* 3}"),
+        ('{"target": "a", "input": null}', "needs an .* None}"),
+        ('{"prompt": "a", "target": "b"}', "needs an .*'prompt'"),
+        ('{"target": "b", "Input": "c"}', "needs an .*'Input'"),
+        ('{"completion": "b", "id": 1}', "needs an"),
+        ('{"output": "b", "id": 1}', "needs an"),
+        ('{"instruction": 1, "output": "b"}', "needs an"),
+        ('{"messages": "a"}', "needs an"),
+        ('{"messages": ["a", "b"]}', "needs an"),
+        ('{"messages": null}', "needs an"),
+        (json.dumps({"messages": ["say", ANSWER]}), "needs an"),
+        (json.dumps({"messages": [{"role": "user"}, ANSWER]}), "needs an"),
+        (json.dumps({"messages": [USER | {"content": ["say"]}, ANSWER]}), "needs an"),
+        (json.dumps({"messages": [USER | {"role": 1}, ANSWER]}), "needs an"),
+        (json.dumps({"messages": [USER, ANSWER | {"content": None}]}), "needs an"),
+        (json.dumps({"messages": [USER, ANSWER, USER]}), "needs an"),  # nobody answers the last
+        ('{"messages": []}', "needs an"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
-    """By its number, with what is wrong: an unknown key would else mean training on empty inputs."""
+    """By its number, with what is wrong: an input of another name would be trained on as empty."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"target": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{path} line 2 {message}"):
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("separator", [b"", b"\n"])
-def test_a_line_of_a_million_characters_is_refused_unread(tmp_path, separator):
-    """One sentence, without reading what comes after: here, bytes that are no text, far behind."""
+ROWS = [{"input": 'é, "a"', "target": "b"}, {"input": "c", "target": "d"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+CSV = 'input,target\r\n"é, ""a""",b\r\nc,d\r\n'
+
+
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (json.dumps(ROWS).encode(), "a JSON array"),
+        (b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=2).encode(), "a JSON array"),
+        (CSV.encode(), "CSV"),
+        (CSV.encode("utf-8-sig"), "CSV"),
+        (gzip.compress(LINES.encode(), mtime=0), "gzip"),
+    ],
+)
+def test_another_kind_of_file_gets_python_that_converts_it(tmp_path, monkeypatch, content, kind):
+    """Run as it stands, the line writes a file that is read here."""
+    path = tmp_path / "it's mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} looks like {kind}, convert: ") as refusal:
+        read_jsonl(path)
+    assert "UTF-8" not in str(refusal.value)
+    monkeypatch.chdir(tmp_path)
+    exec(str(refusal.value).split("convert: ")[1])
+    pairs = [tuple(row.values()) for row in ROWS]
+    assert [example[:2] for example in read_jsonl("new.jsonl")] == pairs
+    with pytest.raises(FileExistsError):  # and it replaces nothing
+        exec(str(refusal.value).split("convert: ")[1])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"PAR1\x15\x04\x15\x10", "looks like Parquet, convert: import pyarrow.parquet"),
+        (b"PK\x03\x04\x14\x00", "looks like binary data or UTF-16: unpack it"),
+        (b"\x28\xb5\x2f\xfd\x04,", "looks like binary data or UTF-16: unpack it"),
+        (b"\x00" * 10**7, "looks like binary data or UTF-16: unpack it"),
+        (LINES.encode("utf-16"), "looks like binary data or UTF-16: unpack it"),
+        ('{"target": "é"}'.encode("latin-1"), "line 1 is not JSON .*: save the file as UTF-8$"),
+        (b'{"target": "a"}\n\n{"target": "\xff"}', "line 3 is .*: save the file as UTF-8$"),
+        (b'{"target": "a"}\n{"target": \n', r"line 2 is not JSON .*: correct it$"),
+    ],
+)
+def test_utf_8_is_advised_where_the_encoding_is_the_cause(tmp_path, content, message):
+    """A binary file is none, however it is saved."""
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"target": "fine"}\n{"target": "' + b"x" * LONGEST_LINE + separator + b"x" * 10**5 + b"\xff")
-    with pytest.raises(ValueError, match="line 2 has 1,000,000 characters or more: shorten it"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refusal:
         read_jsonl(path)
-    line = json.dumps({"target": "x" * (LONGEST_LINE - 20)})
-    path.write_text(line)
-    assert len(line) < LONGEST_LINE and len(read_jsonl(path)) == 1
+    assert len(str(refusal.value)) < 500
+    assert "UTF-8" not in str(refusal.value) or "UTF" in message
 
 
-def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_read_once(tmp_path):
+    """`--data <(head …)` is one: what is looked at first is not lost."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    lines = b'{"target": "a"}\n{"target": "b"}\n'
+    threading.Thread(target=path.write_bytes, args=[lines], daemon=True).start()
+    assert [example.target for example in read_jsonl(path)] == ["a", "b"]
+
+
+def test_missing_and_empty_files_are_refused(tmp_path):
+    """A directory is none either."""
     (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
-    for name, message in [("none", "cannot read"), ("empty", "is empty"), ("latin", "cannot read"), (".", "cannot read")]:
+    for name, message in [("none", "cannot read"), ("empty", "is empty"), (".", "cannot read")]:
         with pytest.raises(ValueError, match=message):
             read_jsonl(tmp_path / name)
 
 
-def test_a_tenth_is_held_out(tmp_path):
-    """Rounded up, at random by the seed, and no example is lost or in both parts; of one example there is no tenth."""
-    examples = [Example("", str(i), f"line {i}") for i in range(21)]
+def test_a_tenth_is_held_out():
+    """Rounded up, at random by the seed, and no example is lost or in both parts."""
+    examples = [Example(f"q {i}", str(i), f"line {i}") for i in range(21)]
     held_out, rest = hold_out(examples, seed=3)
     assert len(held_out) == 3 and sorted(held_out + rest) == sorted(examples)
     assert (held_out, rest) == hold_out(examples, seed=3) != hold_out(examples, seed=4)
-    assert held_out != examples[:3] and examples[0].where == "line 0"  # the list given stays in order
-    with pytest.raises(ValueError, match="line 7 is the only example, and a tenth is held out: give more, or --val-data"):
-        hold_out(examples[7:8], seed=3)
+    assert held_out != examples[:3] and examples[0].where == "line 0"  # the list is as it was
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+TALKS = [[SYSTEM, USER | {"content": str(i)}] for i in range(12)]
+
+
+@pytest.mark.parametrize("inputs", [[f"q {i}" for i in range(12)], TALKS], ids=["texts", "talks"])
+def test_equal_inputs_stay_on_one_side(inputs):
+    """Of 12 inputs with 20 answers each, two are held out with all their answers."""
+    examples = [Example(source, f"{i}") for i in range(20) for source in inputs]
+    for seed in range(5):
+        parts = hold_out(examples, seed)
+        counts = [Counter(json.dumps(example.input) for example in part) for part in parts]
+        assert [len(part) for part in counts] == [2, 10] and not counts[0].keys() & counts[1].keys()
+        assert {*counts[0].values(), *counts[1].values()} == {20}
+
+
+@pytest.mark.parametrize("n", [1, 30])
+def test_one_input_cannot_be_split(n):
+    """Its examples would be on both sides."""
+    with pytest.raises(ValueError, match="^line 7 has the only input: give more, or --val-data$"):
+        hold_out([Example("q", str(i), f"line {7 + i}") for i in range(n)], seed=3)
+
+
+# ------------------------------------------------------------------------------------------ batches
 
 
 def test_source_and_target_tokenize_at_generation_as_in_training(tokenizer):
-    """Whatever the source ends on and the target begins with, the prompt's ids are the row's first ids."""
+    """Whatever the source ends on, the prompt's ids are the row's first ids."""
     for text in ("", "The Golden", "ends in a line\n", " ", "<|endoftext|>"):
-        for target in ("The", " The", "\n", ""):
+        for target in ("The", " The", "\n", "", "a<|endoftext|>b"):
             (row,) = encode(tokenizer, [Example(text, target)])
             assert row.source == source_ids(tokenizer, text)
-            assert tokenizer.decode(row.source) == text + "\n" and tokenizer.decode(row.target[:-1]) == target
-            assert row.target[-1] == tokenizer.eot_token not in row.source + row.target[:-1]
+            assert tokenizer.decode(row.source) == text + "\n"
+            assert tokenizer.decode(row.target[:-1]) == target
+            assert row.target[-1] == tokenizer.eot_token
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    """Bytes and five added tokens, among them the end of text."""
+    names = ["<|endoftext|>", "<think>", "</think>", "<|im_start|>", "<|im_end|>"]
+    special = {name: 256 + i for i, name in enumerate(names)}
+    return build_tokenizer({bytes([b]): b for b in range(256)}, special=special)
+
+
+def test_added_tokens_in_a_text_become_their_ids(chat_tokenizer):
+    """In inputs and in targets, as transformers does."""
+    example = Example("<|im_start|>0", "<think>yes</think> no<|endoftext|>")
+    (row,) = encode(chat_tokenizer, [example])
+    assert row.source == [259, *b"0\n"] == source_ids(chat_tokenizer, "<|im_start|>0")
+    assert row.target == [257, *b"yes", 258, *b" no", 256, 256]
+
+
+def chat(messages: list[dict[str, str]]) -> str:
+    turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def test_a_template_writes_the_source(chat_tokenizer):
+    """Its markers become special tokens, and no line break follows. A text is a user's."""
+    text, talk = Example("say", "ok"), Example([SYSTEM, USER], "ok")
+    start, end = [259], [260, *b"\n"]
+    user, answer = [*start, *b"user\nsay", *end], [*start, *b"assistant\n"]
+    rows = encode(chat_tokenizer, [text, talk], chat)
+    assert rows[0] == Row(user + answer, [*b"ok", 256])
+    assert rows[1] == Row([*start, *b"system\nshort", *end, *user, *answer], [*b"ok", 256])
+    for row, example in zip(rows, (text, talk)):
+        assert row.source == source_ids(chat_tokenizer, example.input, chat)
+
+
+def test_a_conversation_needs_a_template(tokenizer):
+    """Without one nobody knows how its turns are written."""
+    examples = [Example("say", "ok"), Example([SYSTEM, USER], "ok", "my.jsonl line 2")]
+    sentence = "^my.jsonl line 2 has 2 messages before its answer: give --chat$"
+    with pytest.raises(ValueError, match=sentence):
+        encode(tokenizer, examples)
 
 
 def test_a_batch_scores_the_target_and_its_end_and_nothing_else():
     """Position t predicts token t + 1; rows are padded on the right."""
     batch = batch_of([Row([5, 6, 7], [8, 9]), Row([4], [3])], torch.device("cpu"))
-    assert {tensor.device.type for tensor in batch_of([Row([4], [3])], torch.device("meta"))} == {"meta"}
+    elsewhere = batch_of([Row([4], [3])], torch.device("meta"))
+    assert {tensor.device.type for tensor in elsewhere} == {"meta"}
     assert batch.idx.tolist() == [[5, 6, 7, 8], [4, 0, 0, 0]]
     assert batch.targets.tolist() == [[IGNORE, IGNORE, 8, 9], [3, IGNORE, IGNORE, IGNORE]]
 
 
 def first(n, rows, batch_size, seed):
-    return [[row.source[0] for row in batch] for batch in islice(shuffled_batches(rows, batch_size, seed), n)]
+    batches = islice(shuffled_batches(rows, batch_size, seed), n)
+    return [[row.source[0] for row in batch] for batch in batches]
 
 
 def test_each_step_has_its_rows():
@@ -129,14 +310,17 @@ def test_each_step_has_its_rows():
     steps = first(6, rows, 4, seed=1)
     assert [len(step) for step in steps] == [4] * 6
     seen = sum(steps, [])
-    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:] and seen[:12] != sorted(seen[:12])
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:] and seen[:12] != sorted(seen[:12])
     assert steps == first(6, rows, 4, seed=1) != first(6, rows, 4, seed=2)
-    assert sorted(sum(first(5, rows[:10], 4, seed=1), [])) == sorted(2 * list(range(10)))  # what is left over is not lost
-    assert [len(batch) for batch in first(2, rows, 25, seed=1)] == [25, 25]  # more than there are rows
+    assert steps[:2] == [[2, 9, 1, 4], [10, 3, 6, 5]]  # as ever: old runs can be repeated
+    twice = sum(first(5, rows[:10], 4, seed=1), [])
+    assert sorted(twice) == sorted(2 * list(range(10)))  # what is left over is not lost
+    assert [len(batch) for batch in first(2, rows, 25, seed=1)] == [25, 25]  # more than the rows
 
 
 def test_a_batch_has_rows_of_like_length():
-    """The rows of ten batches, sorted by length, make ten batches in random order: a pad is a token's work for nothing."""
+    """The rows of ten batches, sorted by length, make ten batches in random order: less padding."""
     rows = [Row([i] * (1 + i % 20), [i] * (1 + i // 20)) for i in range(200)]
     lengths = {i: len(row.source) + len(row.target) for i, row in enumerate(rows)}
     steps = [[lengths[i] for i in batch] for batch in first(20, rows, 10, seed=1)]
@@ -144,11 +328,11 @@ def test_a_batch_has_rows_of_like_length():
         assert sum(sorted(ten), []) == sorted(sum(ten, [])) and ten != sorted(ten)
 
 
-# -------------------------------------------------------------------------------------------------------------- lengths
+# ------------------------------------------------------------------------------------------ lengths
 
 
 def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tmp_path):
-    """By its line in the file, whatever the shuffle did since; the last token is predicted, never read."""
+    """By its line in the file; the last token is predicted, never read."""
     path = tmp_path / "a.jsonl"
     texts = ["a", "a" * 40, "b", "a" * 60, "c", "a" * 50, *"defghijk"]
     path.write_text("".join(f'\n{{"input": "{text}", "target": "t"}}\n' for text in texts))
@@ -161,7 +345,8 @@ def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tm
     too_long = f"1 of 12 examples are too long: the longest, {path} line 8, takes {longest} tokens"
     with pytest.raises(ValueError, match="^" + re.escape(too_long)):
         check_lengths(examples, rows, longest - 1, 0)
-    with pytest.raises(ValueError, match=f"^2 of 12 .* takes {longest} .* reads {second + 1}, 2 of them virtual: "):
+    two = f"^2 of 12 .* takes {longest} .* reads {second + 1}, 2 of them virtual: "
+    with pytest.raises(ValueError, match=two):
         check_lengths(examples, rows, second + 1, 2)
     with pytest.raises(ValueError, match="the longest, an example of the task, takes"):
         check_lengths([Example("a", "b")], [Row([1, 2], [3, 4])], 2, 0)
@@ -178,7 +363,8 @@ def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tm
     ],
 )
 def test_the_advice_helps(block_size, n_virtual, advice):
-    """Lowering --n-virtual is advised where a smaller one would do, and nowhere else. The row has 10 positions."""
+    """To lower --n-virtual is advised where it would do. The row has 10 positions."""
     examples, rows = [Example("", "", "my.jsonl line 1")], [Row([1] * 6, [2] * 5)]
-    with pytest.raises(ValueError, match=f"takes 10 tokens, .* {block_size}, {n_virtual} of them virtual: {advice}$"):
+    sentence = f"takes 10 tokens, .* {block_size}, {n_virtual} of them virtual: {advice}$"
+    with pytest.raises(ValueError, match=sentence):
         check_lengths(examples, rows, block_size, n_virtual)
