@@ -12,13 +12,10 @@ cache are themselves the parameters, P · L·2·C of them:
       k and v, each  (1, H, P, D)        (B, H, T, D)
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from model import Decoder, KVCache, behind
-from storage.adapters import read_adapter, write_adapter
 
 
 class Prefix(nn.Module):
@@ -105,25 +102,6 @@ class Prefix(nn.Module):
             return [(k, v) for k, v in per_layer]
         B = past_kv[0][0].size(0)
         return [behind(past, *kv.expand(-1, B, -1, -1, -1)) for past, kv in zip(past_kv, per_layer)]
-
-    def save(self, directory: str | Path, model: Decoder | None = None) -> None:
-        """Writes a PEFT directory, and with a model given the fingerprint of that base. The MLP is baked in."""
-        P, L, _, H, D = self.start.shape
-        sizes = {"num_layers": L, "num_attention_heads": H, "token_dim": H * D, "encoder_hidden_size": H * D}
-        write_adapter(directory, "PREFIX_TUNING", self.kv().flatten(1), model, sizes)
-
-    @classmethod
-    def load(cls, directory: str | Path, model: Decoder | None = None) -> "Prefix":
-        """A PEFT prefix-tuning directory -> Prefix. With a model given, it must be the base that it was trained on.
-
-        PEFT stores (P, L·2·C), which are the axes here, flattened; the MLP of a PEFT adapter was baked in by PEFT.
-        """
-        rows, config = read_adapter(directory, "PREFIX_TUNING", model)
-        L, H, C = (config.get(key) for key in ("num_layers", "num_attention_heads", "token_dim"))
-        if not all(isinstance(n, int) and n > 0 for n in (L, H, C)) or C % H or rows.size(1) != L * 2 * C:
-            sizes = f"num_layers {L}, num_attention_heads {H}, token_dim {C} of its adapter_config.json"
-            raise ValueError(f"{directory}: rows of {rows.size(1)} numbers do not fit {sizes}")
-        return cls(rows.view(len(rows), L, 2, H, C // H))
 
 
 def trainable(start: Tensor) -> Tensor:

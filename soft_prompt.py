@@ -16,15 +16,12 @@ the cache from it, layer by layer, so P · C numbers steer all L layers:
 The vectors are run at batch 1, once a training step for all rows, and attention broadcasts their cache.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Decoder, KVCache
 from prefix import drawn, trainable
-from storage.adapters import read_adapter, write_adapter
 
 
 class SoftPrompt(nn.Module):
@@ -77,13 +74,3 @@ class SoftPrompt(nn.Module):
     def n_stored(self) -> int:
         """-> how many numbers `save` writes."""
         return self.vectors.numel()
-
-    def save(self, directory: str | Path, model: Decoder | None = None) -> None:
-        """Writes a PEFT directory, and with a model given the fingerprint of that base."""
-        sizes = {"num_layers": model and model.config.n_layer, "num_attention_heads": model and model.config.n_head}
-        write_adapter(directory, "PROMPT_TUNING", self.vectors, model, sizes | {"token_dim": self.vectors.size(1)})
-
-    @classmethod
-    def load(cls, directory: str | Path, model: Decoder | None = None) -> "SoftPrompt":
-        """A PEFT prompt-tuning directory -> SoftPrompt. With a model given, it must be the base it was trained on."""
-        return cls(read_adapter(directory, "PROMPT_TUNING", model)[0])

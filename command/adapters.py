@@ -12,8 +12,7 @@ from command.process import say
 from data import Row
 from model import Decoder, KVCache
 from prefix import Prefix
-from soft_prompt import SoftPrompt
-from storage.adapters import adapter_kind
+from storage.adapters import load_adapter, save_adapter
 from storage.base import save_base
 from storage.checkpoints import Checkpoint, Curve
 from storage.files import TRAINING, check_place, read_json, read_tensors, write_json
@@ -55,10 +54,10 @@ def new_adapters(
 
 def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
     """A saved adapter, or the folder that a stack was saved to -> the adapters in it, the foremost first."""
-    inner, kinds = [Path(directory) / name for name in STACK], {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": SoftPrompt}
+    inner = [Path(directory) / name for name in STACK]
     stack = all(folder.is_dir() for folder in inner) and not (Path(directory) / "adapter_config.json").exists()
     folders = inner if stack else [Path(directory)]
-    return [kinds[adapter_kind(folder, kinds)].load(folder, model).to(model.device) for folder in folders]
+    return [load_adapter(folder, model).to(model.device) for folder in folders]
 
 
 def take_best(checkpoint: Checkpoint, trainee: nn.Module, curve: Curve) -> None:
@@ -73,7 +72,7 @@ def save(places: list[Path], adapters: list[nn.Module], model: Decoder, found: d
     for place, adapter in zip(places, adapters or [None]):
         write_json(place / TRAINING, found)
         if adapter:
-            adapter.save(place, model)
+            save_adapter(adapter, place, model)
         else:
             copy_tokenizer(model.name, place)
             save_base(model, place, read_json(base_directory(model.name) / "config.json"))
@@ -88,6 +87,6 @@ def save_as_prefix(directory: Path, cache: KVCache, model: Decoder, source: str)
     done = {"method": "export", "task": source, "data": None, "base": model.name, "out": str(directory)}
     check_place(directory, done)
     write_json(directory / TRAINING, done)
-    Prefix.from_cache(cache).save(directory, model)
+    save_adapter(Prefix.from_cache(cache), directory, model)
     say(f"saved to {directory}, as one prefix")
     return done
