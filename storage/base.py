@@ -19,14 +19,14 @@ GPT2 = {
     "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "tie_word_embeddings": [True],
     "layer_norm_epsilon": "layer_norm_epsilon", "scale_attn_weights": [True],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "add_cross_attention": [False],
-    "scale_attn_by_inverse_layer_idx": [False], "quantization_config": [None],
+    "scale_attn_by_inverse_layer_idx": [False],
 }  # fmt: skip
 LLAMA = {
     "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "mlp_bias": [False],
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "attention_bias": [False],
     "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd", "intermediate_size": "n_inner",
     "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps", "hidden_act": ["silu"],
-    "use_sliding_window": [False], "partial_rotary_factor": [1.0], "quantization_config": [None],
+    "use_sliding_window": [False], "partial_rotary_factor": [1.0],
 }  # fmt: skip
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -86,7 +86,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
                 continue
             if tensor.dtype not in FLOATS:
                 found = f"{file}: {key} is {tensor.dtype}"
-                raise ValueError(f"{found}: give the base as it was before it was quantised")
+                raise ValueError(f"{found}, so quantised: give the base as it was before")
             tensors[key.replace("_orig_mod.", "")] = tensor  # which torch.compile puts in
     return tensors
 
@@ -97,6 +97,9 @@ def read_config(path: Path) -> GPTConfig | LlamaConfig:
     kind = config.get("model_type", "gpt2")
     if kind not in list(FAMILIES):  # it may be anything, hashable or not
         raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} is loaded")
+    if config.get("quantization_config"):
+        how = f"quantised, by {config['quantization_config']!r:.99}"
+        raise ValueError(f"{path}: this base is {how}: give it as it was before")
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
         config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
@@ -108,7 +111,7 @@ def read_config(path: Path) -> GPTConfig | LlamaConfig:
             raise ValueError(f"{path}: {key} is {found!r:.99}, and only {value[0]!r} can be loaded")
         if isinstance(value, str):
             number = float if key.endswith(("eps", "epsilon")) else int
-            if type(found) is not number or not 0 < found < (1000 if value == "n_layer" else 10**7):
+            if type(found) is not number or not 0 < found < (1001 if value == "n_layer" else 10**7):
                 raise ValueError(f"{path}: {key} is {found!r:.99}, which is no size of a model")
             sizes[value] = found
     if kind == "gpt2":

@@ -203,8 +203,9 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
     directory = base_directory(name_or_dir)
     config, path = tokenizer_config(directory), directory / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
-    if isinstance(template, list):  # of several, each with a name
-        template = {each["name"]: each["template"] for each in template}.get("default")
+    for named in template if isinstance(template, list) else []:  # several, by name
+        if isinstance(named, dict) and named.get("name") == "default":
+            template = named.get("template")
     if not isinstance(template, str):
         raise ValueError(f"{directory} has no chat template: give an instruct model, or no --chat")
     variables = {"add_generation_prompt": True, "tools": None, "documents": None}
