@@ -1,4 +1,4 @@
-"""A base on disk, in Hugging Face's layout: config.json and model.safetensors, for GPT-2 and the Llama family."""
+"""A base on disk, in Hugging Face's layout: config.json and model.safetensors."""
 
 import hashlib
 import re
@@ -10,127 +10,165 @@ from torch import Tensor
 
 from llama import Llama, LlamaConfig
 from model import GPT, Decoder, GPTConfig
-from storage.files import read_json, read_tensors, saved_file, write_json, write_tensors
-from storage.hub import WEIGHTS, base_directory, shards
+from storage.files import read_json, read_tensors, write_json, write_tensors
+from storage.hub import base_directory
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights may have; for float8, torch has no sum
-FAMILIES = {"gpt2": "GPT-2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # what config.json calls them, and people
-TRUNK = re.compile(r"^(transformer|model)\.")  # where a weight's name begins, unless its writer left that out
+# config.json, a table a family. A key has our name of a size, or the values that we can compute.
+GPT2 = {
+    "model_type": ["gpt2"], "vocab_size": "vocab_size", "n_positions": "block_size",
+    "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "tie_word_embeddings": [True],
+    "layer_norm_epsilon": "layer_norm_epsilon", "scale_attn_weights": [True],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "add_cross_attention": [False],
+    "scale_attn_by_inverse_layer_idx": [False],
+}  # fmt: skip
+LLAMA = {
+    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "mlp_bias": [False],
+    "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "attention_bias": [False],
+    "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd", "intermediate_size": "n_inner",
+    "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps", "hidden_act": ["silu"],
+    "use_sliding_window": [False], "partial_rotary_factor": [1.0],
+}  # fmt: skip
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NAMES = {  # our names of weights become theirs
+    GPT: {r"^": "transformer."},
+    Llama: {
+        r"^wte": "model.embed_tokens", r"^h\.": "model.layers.", r"^ln_f": "model.norm",
+        r"\.attn\.": ".self_attn.", r"\.ln_1": ".input_layernorm",
+        r"\.ln_2": ".post_attention_layernorm",
+    },
+}  # fmt: skip
+TRUNK = r"^(transformer|model)\."  # some writers leave it out
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no weights, but older files have them
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Our sizes under the names of config.json; what it says of every model here: of a foreign one, what differs is refused by
-# name; and our weights under the names of model.safetensors.
-GPT2_SIZES = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-GPT2_SIZES |= dict(layer_norm_epsilon="layer_norm_epsilon")
-GPT2_SAME = dict(model_type="gpt2", activation_function="gelu_new", n_inner=None, tie_word_embeddings=True)
-GPT2_SAME |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-LLAMA_SIZES = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers")
-LLAMA_SIZES |= dict(n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size")
-LLAMA_SIZES |= dict(n_inner="intermediate_size", head_dim="head_dim", rms_norm_eps="rms_norm_eps")
-LLAMA_SAME = dict(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False, partial_rotary_factor=1.0)
-GPT2_WEIGHTS = {r"^": "transformer."}
-LLAMA_WEIGHTS = {r"^wte": "model.embed_tokens", r"^h\.": "model.layers.", r"^ln_f": "model.norm", r"\.attn\.": ".self_attn."}
-LLAMA_WEIGHTS |= {r"\.ln_1": ".input_layernorm", r"\.ln_2": ".post_attention_layernorm"}
 
+def load_base(name_or_dir: str | Path) -> GPT | Llama:
+    """A directory, or a name on the hub -> the model, in the dtype of its files.
 
-def load_base(name_or_dir: str | Path) -> Decoder:
-    """A Hugging Face directory, or a name on their hub -> the model, in the dtype of its files.
-
-    They are mapped, not read: weights enter memory when they are first used. Raises ValueError, with what was found, for
-    a missing, broken or foreign file.
+    They are mapped: weights enter memory when they are first used. Raises ValueError, with what
+    was found, for a missing, broken or foreign file.
     """
     directory = base_directory(name_or_dir)
-    config = read_config(directory)
+    config = read_config(directory / "config.json")
     with torch.device("meta"):
         model = GPT(config) if isinstance(config, GPTConfig) else Llama(config)
     model.name = str(name_or_dir)
-    names, weights = {TRUNK.sub("", their_name(name, model)): name for name in model.state_dict()}, {}
-    for file in shards(directory):
-        for key, tensor in read_tensors(saved_file(directory, file)).items():
-            if not key.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old
-                name = names.get(TRUNK.sub("", key), key)
-                weights[name] = stored(name, tensor)
+    names = {re.sub(TRUNK, "", their_name(name, model)): name for name in model.state_dict()}
+    weights = {}
+    for key, tensor in read_weights(directory).items():
+        name = names.get(re.sub(TRUNK, "", key), key)
+        weights[name] = stored(name, tensor)
     tied_head = None if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # torch names what is missing, unknown or of another shape
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{directory} does not hold the weights that its config.json asks for ({reason})") from None
+        raise ValueError(f"{directory} lacks what its config.json asks for ({reason})") from None
     if tied_head is not None and not torch.equal(tied_head, model.head):
-        raise ValueError(f"{directory}: lm_head.weight differs from the embedding, and config.json says that the head is tied")
+        raise ValueError(f"{directory}: lm_head.weight differs from the embedding, its tie")
     for name, weight in weights.items():
-        if weight.dtype not in FLOATS or not weight.isfinite().all():
-            raise ValueError(f"{directory}: {name} holds numbers that are not finite {weight.dtype}: save or download it again")
+        if not weight.isfinite().all():
+            raise ValueError(f"{directory}: {name} holds numbers that are not finite: get it anew")
     return model
 
 
-def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | None = None) -> None:
-    """Writes model.safetensors, and last the config.json without which no one loads it: that of a GPT-2, or the one given."""
-    directory, dtype = Path(directory), str(model.dtype).removeprefix("torch.")
-    tensors = {their_name(name, model): stored(name, tensor) for name, tensor in model.state_dict().items()}
-    write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
-    if config is None:
-        sizes = {theirs: getattr(model.config, ours) for ours, theirs in GPT2_SIZES.items()}
-        end = model.config.vocab_size - 1  # GPT-2's last token is the end of text, and serves as the beginning too
-        config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end} | GPT2_SAME | sizes
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """-> the tensors of model.safetensors or of its parts, under the names in the files."""
+    files = [*directory.glob("model.safetensors")] or [*directory.glob("model-*-of-*.safetensors")]
+    if not files:
+        convert = "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new) of transformers"
+        raise ValueError(f"{directory} has no model.safetensors; pytorch_model.bin needs {convert}")
+    tensors = {}
+    for file in files:
+        for key, tensor in read_tensors(file).items():
+            if key.endswith(BUFFERS):
+                continue
+            if tensor.dtype not in FLOATS:
+                found = f"{file}: {key} is {tensor.dtype}"
+                raise ValueError(f"{found}, so quantised: give the base as it was before")
+            tensors[key.replace("_orig_mod.", "")] = tensor  # which torch.compile puts in
+    return tensors
+
+
+def read_config(path: Path) -> GPTConfig | LlamaConfig:
+    """config.json -> the sizes of its family. Raises ValueError for another architecture."""
+    config = {"layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-6} | read_json(path)
+    kind = config.get("model_type", "gpt2")
+    if kind not in list(FAMILIES):  # it may be anything, hashable or not
+        raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} is loaded")
+    if config.get("quantization_config"):
+        how = f"quantised, by {config['quantization_config']!r:.99}"
+        raise ValueError(f"{path}: this base is {how}: give it as it was before")
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
+        config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+        config["head_dim"] = config.get("head_dim") or width // heads
+    sizes = {}
+    for key, value in FAMILIES[kind].items():
+        found = config.get(key)
+        if isinstance(value, list) and found not in [*value, None]:
+            raise ValueError(f"{path}: {key} is {found!r:.99}, and only {value[0]!r} can be loaded")
+        if isinstance(value, str):
+            number = float if key.endswith(("eps", "epsilon")) else int
+            if type(found) is not number or not 0 < found < (1001 if value == "n_layer" else 10**7):
+                raise ValueError(f"{path}: {key} is {found!r:.99}, which is no size of a model")
+            sizes[value] = found
+    if kind == "gpt2":
+        fits = sizes["n_embd"] % sizes["n_head"] == 0
     else:
-        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    write_json(directory / "config.json", config)
+        fits = sizes["n_head"] % sizes["n_kv_head"] == 0 and sizes["head_dim"] % 2 == 0
+    if not fits:
+        raise ValueError(f"{path}: {sizes} do not divide into heads, of an even width in a Llama")
+    if kind == "gpt2":
+        return GPTConfig(**sizes)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    scaling = None
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "llama3":
+        scaling = tuple(rope.get(key) for key in LLAMA_3)
+    numbers = all(type(n) in (int, float) and n > 0 for n in (theta, *(scaling or ())))
+    if rope_type not in ("default", "llama3") or not numbers:
+        raise ValueError(f"{path}: the rotation {rope or theta!r:.300} is not that of Llama 2 or 3")
+    features = {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
+    features["tied"] = config.get("tie_word_embeddings") is True
+    return LlamaConfig(**sizes, rope_theta=theta, rope_scaling=scaling, **features)
 
 
-def fingerprint(model: Decoder) -> str:
-    """-> 16 hex digits that tell one base from another.
+def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | None = None) -> None:
+    """Writes model.safetensors, and last its config.json: by default that of a GPT-2."""
+    tensors = {their_name(name, model): stored(name, t) for name, t in model.state_dict().items()}
+    write_tensors(Path(directory) / "model.safetensors", tensors, {"format": "pt"})
+    if config is None:
+        end = model.config.vocab_size - 1  # GPT-2 has one token for both ends of a text, its last
+        config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}
+        for key, value in GPT2.items():
+            config[key] = getattr(model.config, value) if isinstance(value, str) else value[0]
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}  # its old name
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    write_json(Path(directory) / "config.json", config)
 
-    Taken of the weights rounded to bfloat16, so that a base has one fingerprint in every dtype that it runs in.
+
+def fingerprint(model: Decoder, by_way_of: torch.dtype = torch.bfloat16) -> str:
+    """-> 16 hex digits of the sizes and of the weights in bfloat16: its copy in that has the same.
+
+    A copy in float16 was rounded twice, and has the fingerprint by way of float16.
     """
     digest = hashlib.sha256(repr(model.config).encode())
-    for parameter in model.state_dict().values():
-        digest.update(parameter.bfloat16().contiguous().cpu().view(torch.uint8).numpy())
+    for weight in model.state_dict().values():
+        rounded = weight.to(by_way_of).bfloat16().contiguous().cpu()
+        digest.update(rounded.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
 def stored(name: str, weight: Tensor) -> Tensor:
-    """A weight as nn.Linear holds it -> as the file does, and back: GPT-2's Conv1D stores (in, out); all else as it is."""
+    """A weight of nn.Linear -> of the file, and back: GPT-2's Conv1D stores (in, out)."""
     return weight.transpose(0, -1) if ".c_" in name else weight
 
 
 def their_name(name: str, model: Decoder) -> str:
-    """What a weight is called here -> in Hugging Face's files."""
-    for ours, theirs in (GPT2_WEIGHTS if isinstance(model, GPT) else LLAMA_WEIGHTS).items():
+    for ours, theirs in NAMES[type(model)].items():
         name = re.sub(ours, theirs, name)
     return name
-
-
-def read_config(directory: Path) -> GPTConfig | LlamaConfig:
-    """config.json -> the sizes of its family. Raises ValueError for what is not this architecture, or no size."""
-    path = saved_file(directory, "config.json")
-    found = {"layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-6} | read_json(path)
-    kind = found.get("model_type", "gpt2")
-    if kind not in list(FAMILIES):  # it may be anything, hashable or not
-        raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be loaded")
-    gpt2, family = kind == "gpt2", FAMILIES[kind]
-    names, same = (GPT2_SIZES, GPT2_SAME) if gpt2 else (LLAMA_SIZES, LLAMA_SAME)
-    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
-    if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
-        found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
-        found["head_dim"] = found.get("head_dim") or width // heads
-    sizes: dict[str, Any] = {ours: found.get(theirs) for ours, theirs in names.items()}
-    right = [type(n) is (float if "eps" in ours else int) and 0 < n < 10**7 for ours, n in sizes.items()]
-    if not all(right) or sizes["n_layer"] > 1000:
-        raise ValueError(f"{path}: { {theirs: found.get(theirs) for theirs in names.values()} } are not a {family}'s")
-    if sizes["n_embd"] % sizes["n_head"] if gpt2 else sizes["n_head"] % sizes["n_kv_head"] or sizes["head_dim"] % 2:
-        raise ValueError(f"{path}: {sizes} do not divide into heads of one width, an even one where it is turned")
-    in_other_words = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * sizes["n_embd"]}
-    for key, ours in same.items():
-        if found.get(key, ours) not in (ours, in_other_words.get(key, ours)):
-            raise ValueError(f"{path}: {key} is {found[key]!r}; this {family} has {ours!r}")
-    if gpt2:
-        return GPTConfig(**sizes)
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    theta, scaling = rope.get("rope_theta", found.get("rope_theta", 10000.0)), None
-    if (turning := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = tuple(map(rope.get, keys))
-    if turning not in ("default", "llama3") or not all(type(n) in (int, float) and n > 0 for n in (theta, *(scaling or ()))):
-        raise ValueError(f"{path}: the rotation {rope or theta!r} is not known here, only the default and that of Llama 3")
-    qwen = {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3", "tied": found.get("tie_word_embeddings") is True}
-    return LlamaConfig(**sizes, rope_theta=theta, rope_scaling=scaling, **qwen)

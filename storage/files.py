@@ -1,7 +1,6 @@
-"""Files that are whole or not there: each is written under another name beside its place, then renamed to it.
+"""Files that are whole or not there: each is written beside its place, then renamed to it.
 
-No directory is ever swapped, emptied or removed, and no file replaced that another training left: so saving cannot
-destroy anything.
+No directory is ever emptied or removed, and no file replaced that another training left.
 """
 
 import json
@@ -14,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-TRAINING = "training.json"  # who trained what is saved beside it, and how; for people, and for `check_place`
-OURS = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json"]  # of a base
-OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "metrics.jsonl", TRAINING]  # of an adapter
+TRAINING = "training.json"  # who trained what lies beside it, for people and for `check_place`
+OURS = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json"]
+OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "metrics.jsonl", TRAINING]
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file in one go: whoever dies on the way leaves the old one whole, and at worst a hidden `.….new` beside it."""
+    """Writes a file in one go: whoever dies on the way leaves the old one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{secrets.token_hex(4)}.new")
     try:
@@ -33,65 +32,72 @@ def replace_file(path: Path, content: bytes) -> None:
         new.unlink(missing_ok=True)
 
 
-def write_json(path: Path, found: Any, **style: Any) -> None:
-    replace_file(path, (json.dumps(found, indent=2, **style) + "\n").encode())
+def write_json(path: Path, record: Any, **style: Any) -> None:
+    replace_file(path, (json.dumps(record, indent=2, **style) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    replace_file(path, save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata))
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    replace_file(path, save(tensors, metadata))
 
 
-def saved_file(directory: Path, name: str) -> Path:
-    """-> the path of a file in a saved directory. Raises ValueError if there is none."""
-    path = directory / name
+def saved_file(path: Path) -> Path:
+    """-> the same path. Raises ValueError if no file is there: a pipe would hang."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {directory} is not the directory that was meant, or is not complete")
+        where = f"{path.parent} is not the directory that was meant, or is not complete"
+        raise ValueError(f"{path} does not exist: {where}")
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file with one JSON object -> dict. Raises ValueError for anything else."""
+    content = saved_file(path).read_bytes()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(content.decode())
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested a thousandfold
         raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, not a JSON object")
-    return found
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds {type(record).__name__}, not a JSON object")
+    return record
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file -> its tensors by name, mapped into memory. Raises ValueError if it is broken."""
+    """A safetensors file -> its tensors by name, mapped into memory. Raises ValueError if not."""
     try:
-        return load_file(path)
+        return load_file(saved_file(path))
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): save or download it again") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): get it anew") from None
 
 
 def check_place(directory: Path, training: dict[str, Any]) -> None:
-    """Makes a directory to save to. Raises ValueError if that fails, or it holds what this training would not replace.
+    """Makes a directory to save to. Raises ValueError if it holds what would be lost.
 
-    It may hold the result of an earlier training that agrees in method, task, data and base, and any files but ours.
+    An earlier training that agrees in method, task, data and base is replaced; files not ours stay.
     """
     check_writable(directory)
     found = [name for name in OURS if (directory / name).exists()]
     before = read_json(directory / TRAINING) if TRAINING in found else {}
     who = {key: before.get(key) for key in ("method", "task", "data", "base")}
     if found and who != {key: training[key] for key in who}:
-        what = "{method} trained for {task}".format(**who) if before else f"{found[0]} of unknown training"
+        what = f"{found[0]} of unknown training"
+        if before:
+            what = f"{who['method']} trained for {who['task']}"
         what += f" ({who['data']})" * bool(who["data"]) + f" on {who['base']}" * bool(who["base"])
         raise ValueError(f"{directory} holds {what}, which is not overwritten: name another --out")
 
 
 def check_writable(directory: Path) -> None:
-    """Makes a directory and a file in it. Raises ValueError if that fails: better before hours of training than after."""
+    """Makes a directory and a file in it: better to fail before hours of training than after."""
     probe = directory / f".{secrets.token_hex(4)}.new"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"{directory} cannot be written to ({error.strerror}): name another place") from None
+        reason = f"{directory} cannot be written to ({error.strerror})"
+        raise ValueError(f"{reason}: name another place") from None
 
 
 def check_predictions(file: Path) -> None:
@@ -99,5 +105,6 @@ def check_predictions(file: Path) -> None:
     if file.exists():
         with open(file if file.is_file() else os.devnull, errors="replace") as opened:
             if '"prediction": ' not in opened.readline(10**6):
-                raise ValueError(f"{file} holds no predictions, and is not overwritten: name another file for them")
+                sentence = f"{file} holds no predictions, and is not overwritten"
+                raise ValueError(f"{sentence}: name another file for them")
     check_writable(file.parent)

@@ -1,72 +1,39 @@
-"""Models on the Hugging Face hub: their files are downloaded once, into ~/.cache/prefix-tuning."""
+"""Where a base lies: in a directory, or on the Hugging Face hub, which huggingface_hub reads."""
 
-import http.client
 import os
 import re
-import secrets
-import urllib.error
-import urllib.request
+from functools import cache
 from pathlib import Path
 
-from storage.files import read_json
-
-HUB = "https://huggingface.co/{repo}/resolve/main/{file}"
-HUB_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_REPOS = {name: f"openai-community/{name}" for name in OPENAI}
 HUB_REPOS["distilgpt2"] = "distilbert/distilgpt2"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"]
+TOKENIZER += ["chat_template.jinja", "generation_config.json"]
 
 
 def base_directory(name_or_dir: str | Path) -> Path:
-    """A directory -> itself; a name on the hub, as OWNER/NAME or one of OpenAI's -> the folder that its files were put into.
+    """A directory -> itself. A name on the hub, OWNER/NAME or gpt2 -> the folder of its files."""
+    repo = HUB_REPOS.get(str(name_or_dir), str(name_or_dir))
+    if os.path.isdir(name_or_dir) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        return Path(name_or_dir)
+    return download(repo)
 
-    Raises ValueError where that fails, with what to put where by hand.
-    """
-    name = str(name_or_dir)
-    if name not in HUB_REPOS and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
-        return Path(name)
-    repo, cache = HUB_REPOS.get(name, name), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = Path(cache) / "prefix-tuning" / name.replace("/", "--")
+
+@cache  # one revision a process, for weights and tokenizer
+def download(repo: str) -> Path:
+    """-> the folder in huggingface_hub's cache. Raises ValueError with what to do instead."""
     try:
-        fetch(repo, "config.json", directory)
-        gpt2 = read_json(directory / "config.json").get("model_type") == "gpt2"
-        for file in ["vocab.json", "merges.txt"] if gpt2 else ["tokenizer.json"]:
-            fetch(repo, file, directory)
-        try:
-            if not (directory / INDEX).exists():
-                fetch(repo, WEIGHTS, directory)
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise
-            fetch(repo, INDEX, directory)  # a large model, in several files
-        for file in shards(directory):
-            fetch(repo, file, directory)
-    except (OSError, http.client.HTTPException) as error:
-        put = f"put config.json, model.safetensors and vocab.json, merges.txt or tokenizer.json of {repo} into {directory}"
-        reason = str(error)[:200] or type(error).__name__
-        raise ValueError(f"{name} is no directory here, and cannot be downloaded ({reason}): {put}") from None
-    return directory
+        from huggingface_hub import snapshot_download
 
-
-def fetch(repo: str, file: str, directory: Path) -> None:
-    """Downloads a file where there is none, whole or not at all. Raises OSError if that fails."""
-    if (directory / file).exists():
-        return
-    url, part = HUB.format(repo=repo, file=file), directory / f".{secrets.token_hex(4)}.new"
-    print(f"downloading {url} to {directory}", flush=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        urllib.request.urlretrieve(url, part)  # which counts the bytes that were promised
-        part.replace(directory / file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def shards(directory: Path) -> list[str]:
-    """-> the files that hold the weights. Raises ValueError if their index names anything outside the directory."""
-    if not (directory / INDEX).exists():
-        return [WEIGHTS]
-    names = read_json(directory / INDEX).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{directory / INDEX} has no weight_map of file names: download it again")
-    return names
+        files = ["config.json", "model*.safetensors", *TOKENIZER]
+        return Path(snapshot_download(repo, allow_patterns=files))
+    except ImportError:
+        reason, remedy = "huggingface_hub is not installed", "pip install huggingface_hub"
+    except Exception as error:  # its own kinds, the network's, the disk's
+        reason, remedy = " ".join(str(error).split())[:300], "check the name and the network"
+        if type(error).__name__ == "GatedRepoError":
+            remedy = f"accept its terms on https://huggingface.co/{repo}, then run `hf auth login`"
+    by_hand = "or name a directory with its config.json, model.safetensors and tokenizer.json"
+    found = f"{repo} is no directory here, and cannot be downloaded ({reason})"
+    raise ValueError(f"{found}: {remedy}, {by_hand}")

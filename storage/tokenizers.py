@@ -1,54 +1,81 @@
-"""A tokenizer on disk, made into a tiktoken.Encoding: GPT-2's vocab.json and merges.txt, or a newer model's tokenizer.json.
-
-Whatever a model calls its end of text, here it is `tokenizer.eot_token`.
-"""
+"""A tokenizer on disk, made into a tiktoken.Encoding, and the chat template beside it."""
 
 import json
+import re
 import unicodedata
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import tiktoken
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from storage.hub import base_directory
 from storage.files import read_json, replace_file, saved_file
+from storage.hub import TOKENIZER, base_directory
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's alphabet: each byte has a printable character, and printable bytes come first (byte 0 is written Ā)
+# GPT-2's alphabet: a character for each byte, itself if it is printable; those come first
 BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or b == ord(" "), b))
-CHARACTER = {b: chr(b) if chr(b).isprintable() and b != ord(" ") else chr(256 + i - 188) for i, b in enumerate(BYTES)}
+CHARACTER = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(BYTES)}
 BYTE = {character: b for b, character in CHARACTER.items()}
-# SmolLM2's: GPT-2's of 2019, with every digit alone, and spaces before it
+# SmolLM2's splits: GPT-2's of 2019, with every digit alone, and spaces before it
 ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
 class Encoding(tiktoken.Encoding):
-    """tiktoken's, for vocabularies that lack some bytes (it would panic), and models that compose accents first."""
+    """tiktoken's, with added tokens, accents and gaps treated as Hugging Face's tokenizers do."""
 
-    compose = False
+    eot_token = 0  # the model's end of text, whatever it is called
+
+    def __init__(
+        self, ranks: dict[bytes, int], added: dict[str, int], end: int,
+        pattern: str = r50k_pat_str, compose: bool = False,
+    ):  # fmt: skip
+        super().__init__("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+        self.eot_token, self.compose = end, compose
+        self.known_ids = {*ranks.values(), *added.values()}
+        self.known_bytes = {token[0] for token in ranks if len(token) == 1}
+        longest_first = sorted(added, key=len, reverse=True)
+        self.added = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode(self, text: str, *, allowed_special: str = "all") -> list[int]:
+        """A text -> its ids. An added token in it, such as <think>, is the one id that it is."""
+        ids = []
+        for i, piece in enumerate(self.added.split(text)):  # every second piece is an added token
+            ids += [self._special_tokens[piece]] if i % 2 else self.encode_ordinary(piece)
+        return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
-        if lacking := set(text.encode(errors="replace")) - self.known_bytes:
-            raise ValueError(f"the vocabulary lacks the byte {min(lacking):#x}, which is in {text!r:.60}: leave it out")
-        return super().encode_ordinary(unicodedata.normalize("NFC", text) if self.compose else text)
+        """A text -> its ids, with no added token among them."""
+        text = unicodedata.normalize("NFC", text) if self.compose else text
+        lacking = set(text.encode(errors="replace")) - self.known_bytes
+        if lacking:  # tiktoken would panic
+            where = f"the byte {min(lacking):#x}, which is in {text!r:.60}"
+            raise ValueError(f"the vocabulary lacks {where}: leave it out")
+        return super().encode_ordinary(text)
+
+    def decode(self, tokens: list[int], errors: str = "replace") -> str:
+        """Ids -> their text. An id that means nothing, as in a gap, decodes to nothing."""
+        return super().decode([i for i in tokens if i in self.known_ids], errors)
 
 
-def token_bytes(token: str) -> bytes:
-    return bytes(BYTE[character] for character in token)
+def build_tokenizer(ranks: dict[bytes, int]) -> Encoding:
+    """Ids of byte strings -> a tokenizer as GPT-2's, with the end of text as its last token."""
+    return Encoding(ranks, {END_OF_TEXT: len(ranks)}, len(ranks))
 
 
 def ranks_of(merges: list[tuple[bytes, bytes]]) -> dict[bytes, int]:
     """Merges -> the id of each token, in GPT-2's order: 256 bytes, then the merges as they came."""
-    return {token: i for i, token in enumerate([bytes([b]) for b in BYTES] + [a + b for a, b in merges])}
+    tokens = [bytes([b]) for b in BYTES] + [a + b for a, b in merges]
+    return {token: i for i, token in enumerate(tokens)}
 
 
-def build_tokenizer(ranks: dict[bytes, int], pattern: str = r50k_pat_str, special: dict[str, int] | None = None) -> Encoding:
-    """Ids of the byte strings -> the tokenizer; by default GPT-2's, with the end of text as its last token."""
-    special = {END_OF_TEXT: len(ranks)} if special is None else special
-    tokenizer = Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tokenizer.known_bytes = {token[0] for token in ranks if len(token) == 1}
-    return tokenizer
+def token_bytes(token: str) -> bytes:
+    return bytes(BYTE[character] for character in token)
 
 
 def save_tokenizer(directory: str | Path, merges: list[tuple[bytes, bytes]]) -> None:
@@ -64,74 +91,143 @@ def save_tokenizer(directory: str | Path, merges: list[tuple[bytes, bytes]]) -> 
     replace_file(Path(directory) / "merges.txt", ("\n".join(lines) + "\n").encode())
 
 
+def copy_tokenizer(name_or_dir: str | Path, directory: Path) -> None:
+    """Puts the tokenizer of a base, and what goes with it, beside another model."""
+    for name in TOKENIZER:
+        path = base_directory(name_or_dir) / name
+        if path.exists():
+            replace_file(directory / name, path.read_bytes())
+
+
 def load_tokenizer(name_or_dir: str | Path) -> Encoding:
-    """A base's directory or name -> its tokenizer. Raises ValueError if its files do not fit together, or the model."""
+    """A base -> its tokenizer: tokenizer.json decides, else GPT-2's vocab.json and merges.txt.
+
+    Raises ValueError if it is of another kind, or its files do not fit together, or the model.
+    """
     directory = base_directory(name_or_dir)
-    config = read_json(saved_file(directory, "config.json"))
-    gpt2 = config.get("model_type", "gpt2") == "gpt2"
-    tokenizer = read_two_files(directory) if gpt2 else read_tokenizer_json(directory, config.get("eos_token_id"))
-    size = config.get("vocab_size")
+    config, path = read_json(directory / "config.json"), directory / "tokenizer.json"
+    found = read_json(path) if path.exists() else read_two_files(directory)
+    normalizer = found.get("normalizer")
+    try:
+        ranks, added = read_vocabulary(found)
+        pattern = split_pattern(found["pre_tokenizer"])
+        if normalizer not in (None, {"type": "NFC"}):
+            raise ValueError(f"its normalizer is {normalizer}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        path = path if path.exists() else f"{directory}/vocab.json with merges.txt"
+        kinds = "GPT-2, SmolLM2, Llama 3 and Qwen"
+        reason = f"is no byte-level BPE like those of {kinds} ({error!r:.300})"
+        raise ValueError(f"{path} {reason}: copy the files of such a model") from None
+    end, size = end_of_text(directory, config, added), config.get("vocab_size")
+    tokenizer = Encoding(ranks, added, end, pattern, compose=normalizer is not None)
     if type(size) is not int or tokenizer.n_vocab > size:
         sizes = f"a tokenizer of {tokenizer.n_vocab} tokens, a model of {size}"
         raise ValueError(f"{directory}: {sizes}: copy the files of one model again")
     return tokenizer
 
 
-def read_two_files(directory: Path) -> Encoding:
-    vocab, merges = saved_file(directory, "vocab.json"), saved_file(directory, "merges.txt")
-    found = read_json(vocab)
-    try:
-        pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line]
-        ranks = ranks_of([(token_bytes(a), token_bytes(b)) for a, b in pairs])
-        whole = found.pop(END_OF_TEXT) == len(ranks) == 256 + len(pairs)  # fewer ranks, if two merges make one token
-        if not whole or {token_bytes(name): i for name, i in found.items()} != ranks:
-            raise ValueError
-    except (KeyError, ValueError):
-        raise ValueError(f"{vocab} and {merges} are not the two files of one GPT-2 tokenizer: copy both again") from None
-    return build_tokenizer(ranks)
+def read_two_files(directory: Path) -> dict[str, Any]:
+    """GPT-2's vocab.json and merges.txt -> what its tokenizer.json would say."""
+    vocab = read_json(directory / "vocab.json")
+    text = saved_file(directory / "merges.txt").read_bytes().decode(errors="replace")
+    return {
+        "model": {"vocab": vocab, "merges": [line for line in text.split("\n")[1:] if line]},
+        "added_tokens": [{"content": END_OF_TEXT, "id": vocab.get(END_OF_TEXT)}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    }
 
 
-def read_tokenizer_json(directory: Path, end: Any) -> Encoding:
-    """tokenizer.json and the config's end of text, of which the first counts where there are several -> the tokenizer."""
-    path = saved_file(directory, "tokenizer.json")
-    found = read_json(path)
-    try:
-        special = {token["content"]: token["id"] for token in found["added_tokens"]}
-        ranks = {token_bytes(name): i for name, i in found["model"]["vocab"].items() if name not in special}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in found["model"]["merges"]]
-        made = [ranks[token_bytes(a) + token_bytes(b)] for a, b in merges]
-        pattern = split_pattern(found["pre_tokenizer"])
-        end = end[0] if isinstance(end, list) else end
-        (name,) = (name for name, i in special.items() if i == end)
-        ids = [*ranks.values(), *special.values()]
-        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise ValueError("two tokens of one id, or an id that is none")  # tiktoken would panic
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no byte-level BPE whose end of text is {end} ({error!r:.80})") from None
-    if made != sorted(made) or pattern is None or (found.get("normalizer") or {"type": "NFC"}).get("type") != "NFC":
-        kinds = {key: found.get(key) for key in ("normalizer", "pre_tokenizer")}
-        raise ValueError(f"{path} splits texts in a way that is not known here: {str(kinds)[:300]}")
-    special = {f"{other} " if other == END_OF_TEXT else other: i for other, i in special.items() if other != name}
-    tokenizer = build_tokenizer(ranks, pattern, special | {END_OF_TEXT: end})
-    tokenizer.compose = bool(found.get("normalizer"))
-    return tokenizer
+def read_vocabulary(found: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]:
+    """A tokenizer.json -> the ids of byte strings, and of added tokens. Raises if it is no BPE."""
+    model, added = found["model"], {}
+    for token in found["added_tokens"]:
+        added[token["content"]] = token["id"]
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise ValueError(f"{token['content']!r} depends on what is beside it")
+    ranks = {token_bytes(t): i for t, i in model["vocab"].items() if t not in added}
+    ids = [*ranks.values(), *added.values()]
+    if len({*ids}) < len(ids) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError("two tokens of one id, or an id that is none")  # tiktoken would panic
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = [ranks[token_bytes(a) + token_bytes(b)] for a, b in pairs]
+    unmade = {i for token, i in ranks.items() if len(token) > 1} - {*made}
+    if made != sorted(made) or unmade and not model.get("ignore_merges"):
+        raise ValueError("its merges do not make its tokens in the order of their ids")
+    return ranks, added
 
 
-def split_pattern(found: dict[str, Any]) -> str | None:
-    """A pre_tokenizer -> its splits as one pattern, or None for a kind that is not known."""
-    steps = found["pretokenizers"] if found["type"] == "Sequence" else [found]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
-    if not byte_level.items() <= steps[-1].items():
-        return None
-    if steps[-1].get("use_regex", True):  # GPT-2's own pattern, perhaps behind a split of digits
-        digits = [step.get("individual_digits") if step["type"] == "Digits" else None for step in steps[:-1]]
-        return {(): r50k_pat_str, (True,): ONE_DIGIT}.get(tuple(digits))
-    (split,) = steps[:-1]
-    return split["pattern"]["Regex"] if split["type"] == "Split" and split["behavior"] == "Isolated" else None
+def split_pattern(pre_tokenizer: dict[str, Any]) -> str:
+    """How texts are split before merging -> as one pattern. Raises if that is not known."""
+    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if last["type"] == "ByteLevel" and last["add_prefix_space"] is False:
+        match splits, last.get("use_regex", True):  # True: it splits as GPT-2's
+            case [], True:
+                return r50k_pat_str
+            case [{"type": "Digits", "individual_digits": True}], True:
+                return ONE_DIGIT
+            case [{"type": "Split", "pattern": {"Regex": own}, "behavior": "Isolated"}], False:
+                return own
+    raise ValueError(f"its pre_tokenizer is {pre_tokenizer}")
 
 
-def copy_tokenizer(name_or_dir: str | Path, directory: Path) -> None:
-    """Puts the tokenizer of a base beside another model."""
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
-        if (path := base_directory(name_or_dir) / name).exists():
-            replace_file(directory / name, path.read_bytes())
+def tokenizer_config(directory: Path) -> dict[str, Any]:
+    """-> tokenizer_config.json, where there is one; a token with flags becomes its text."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    for key, token in tokens.items():
+        config[key] = token.get("content") if isinstance(token, dict) else token
+    return config
+
+
+def end_of_text(directory: Path, config: dict[str, Any], added: dict[str, int]) -> int:
+    """-> the id that ends a text, from the first file that says it. Raises ValueError if none."""
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    said = [config.get("eos_token_id"), generation.get("eos_token_id")]
+    said += [tokenizer_config(directory).get("eos_token"), END_OF_TEXT]
+    end = next(each for each in said if each is not None)
+    end = end[0] if isinstance(end, list) and end else end  # the first of several
+    end = added.get(end) if isinstance(end, str) else end
+    if end not in added.values():
+        found = f"eos_token_id is {end!r:.99}, which is none of its added tokens"
+        raise ValueError(f"{directory}: {found}: put the id that ends a text into config.json")
+    return end
+
+
+def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]]], str]:
+    """A base -> a function: messages, {"role": …, "content": …} each -> the text up to the answer.
+
+    Raises ValueError if there is no template; the function does if the template fails.
+    """
+    directory = base_directory(name_or_dir)
+    config, path = tokenizer_config(directory), directory / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    for named in template if isinstance(template, list) else []:  # several, by name
+        if isinstance(named, dict) and named.get("name") == "default":
+            template = named.get("template")
+    if not isinstance(template, str):
+        raise ValueError(f"{directory} has no chat template: give an instruct model, or no --chat")
+    variables = {"add_generation_prompt": True, "tools": None, "documents": None}
+    for key, text in config.items():
+        if key.endswith("_token") and isinstance(text, str):
+            variables[key] = text
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
+        loader=jinja2.DictLoader({"chat": template}),  # which compiles it once
+    )  # fmt: skip
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
+    environment.globals["raise_exception"] = raise_exception
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            return environment.get_template("chat").render(messages=messages, **variables)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ValueError(f"the chat template of {directory} fails ({error!r:.200})") from None
+
+    return render
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

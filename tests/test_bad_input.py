@@ -26,9 +26,11 @@ from model import GPT, GPTConfig
 from prefix import Prefix
 from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
+from storage.adapters import load_adapter, save_adapter
 from storage.base import fingerprint, load_base, save_base
 from storage.checkpoints import Checkpoint
-from storage.tokenizers import load_tokenizer, save_tokenizer
+from storage.files import write_json
+from storage.tokenizers import load_chat_template, load_tokenizer, read_two_files, save_tokenizer
 
 try:
     import resource
@@ -36,6 +38,7 @@ except ImportError:  # on Windows
     resource = None
 
 BLOCK = 40
+CHAT = "{% for message in messages %}{{ message.role + ': ' + message.content | trim }}{{ eos_token }}{% endfor %}"
 ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()", "os.abort"]
 NUMBERS = [0, 1, 2, 3, 7, 8, 16, 257, 2**31, 2**63 - 1, 2**64, 10**30, -1, 1.5, 1e308, float("nan"), float("inf")]
 
@@ -118,8 +121,14 @@ def places(tmp_path_factory) -> Path:
     model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
     save_base(model, directory / "base")
     save_tokenizer(directory / "base", train_bpe(["the cat sat on the mat"] * 9, 10))
-    Prefix.random(model, 4).save(directory / "prefix", model)
-    SoftPrompt.random(model, 4).save(directory / "soft_prompt", model)
+    save_adapter(Prefix(torch.randn(model.kv_shape(4))), directory / "prefix", model)
+    save_adapter(SoftPrompt(torch.randn(4, C)), directory / "soft_prompt", model)
+    for kind in ("prefix", "soft_prompt"):  # as they were saved before there were two fingerprints
+        write_json(directory / kind / "base.json", {"base": "base", "fingerprint": fingerprint(model)})
+    newer = directory / "newer"
+    write_json(newer / "config.json", {"model_type": "gpt2", "vocab_size": 267})
+    write_json(newer / "tokenizer.json", read_two_files(directory / "base"))
+    write_json(newer / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHAT})
     (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
     return directory
 
@@ -169,14 +178,14 @@ class Watch:
         sys.addaudithook(self.note)  # for good: an audit hook cannot be removed
 
     def note(self, event: str, arguments: tuple) -> None:
-        if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.")):
+        if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")):
             self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments)))
 
 
 WATCH = Watch()
 
 
-def check_file(places: Path, directory: str, file: str, make, use, n: int) -> None:
+def check_file(places: Path, directory: str, file: str, make, use, n: int, allowed=()) -> None:
     """n drawn contents of one file, each loaded and used; some succeed and some do not.
 
     Whatever a file says, nothing is done but to read the files of its own directory.
@@ -196,7 +205,8 @@ def check_file(places: Path, directory: str, file: str, make, use, n: int) -> No
         for i in range(n):
             path.write_bytes(content := make(rng, whole) if i else whole)
             outcomes.add(check(watched, places, content))
-            assert WATCH.seen <= {("open", str(path.parent))}, content
+            seen = {(event, where) for event, where in WATCH.seen if event not in allowed}
+            assert seen <= {("open", str(path.parent))}, content
     finally:
         path.write_bytes(whole)
     assert outcomes == {True, False}
@@ -212,6 +222,7 @@ def use_tokenizer(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     said = "  a\n\x00é日本語🙂 <|endoftext|>"
     assert tokenizer.decode(data.source_ids(tokenizer, said)) == said + "\n"
+    assert tokenizer.decode(tokenizer.encode(said, allowed_special="all")) == said
 
 
 def row_of_data(rng: random.Random) -> dict:
@@ -254,7 +265,7 @@ def test_bad_adapters(places, kind):
     model = load_base(places / "base")
 
     def use(directory: Path) -> None:
-        model(random_ids(1, 3), train.load_adapters(str(directory), model)[0].past_kv(model))
+        model(random_ids(1, 3), load_adapter(directory, model).past_kv(model))
 
     check_file(places, kind, "adapter_config.json", changed_value, use, 100)
     check_file(places, kind, "adapter_config.json", damaged, use, 50)
@@ -309,9 +320,26 @@ def test_bad_checkpoints(places):
 
 
 def test_bad_tokenizers(places):
+    """GPT-2's two files, and the one of newer models."""
     check_file(places, "base", "vocab.json", changed_value, use_tokenizer, 100)
     check_file(places, "base", "vocab.json", damaged, use_tokenizer, 50)
     check_file(places, "base", "merges.txt", damaged, use_tokenizer, 50)
+    check_file(places, "newer", "tokenizer.json", changed_value, use_tokenizer, 100)
+    check_file(places, "newer", "tokenizer.json", damaged, use_tokenizer, 50)
+    check_file(places, "newer", "tokenizer_config.json", changed_value, use_tokenizer, 50)
+
+
+def test_bad_chat_templates(places):
+    """Whatever stands where a template belongs, or in it."""
+
+    def use(directory: Path) -> None:
+        load_chat_template(directory)([{"role": "user", "content": "a"}])
+
+    jinja2 = ("compile", "exec")  # it makes Python of a template, which the sandbox then runs
+    check_file(places, "newer", "tokenizer_config.json", changed_value, use, 100, jinja2)
+    check_file(places, "newer", "tokenizer_config.json", damaged, use, 50, jinja2)
+    (places / "newer" / "chat_template.jinja").write_text(CHAT)
+    check_file(places, "newer", "chat_template.jinja", damaged, use, 100, jinja2)
 
 
 def flags(capsys) -> list[str]:

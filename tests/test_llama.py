@@ -19,9 +19,10 @@ import train
 from data import Row, batch_of
 from prefix import Prefix
 from soft_prompt import SoftPrompt
+from storage.adapters import load_adapter, save_adapter
 from storage.base import load_base, save_base
-from storage.hub import HUB_REPOS, base_directory
-from storage.tokenizers import load_tokenizer
+from storage.files import write_json
+from storage.tokenizers import load_chat_template, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers, a peer, is not installed: see tests/requirements.txt")
 peft = pytest.importorskip("peft", reason="PEFT, a peer, is not installed: see tests/requirements.txt")
@@ -96,19 +97,24 @@ def test_reading_in_two_parts_equals_reading_at_once(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["prefix", "soft prompt"])
+@pytest.mark.parametrize("method", ["prefix", "cartridge", "soft prompt"])
 def test_adapters_go_both_ways_between_here_and_peft(tmp_path, kind, method):
-    """The same logits and greedy tokens, whoever made it: a prefix has the heads of keys and values, which are fewer."""
+    """The same logits and greedy tokens, whoever made it: a prefix has the fewer heads of keys and values."""
     peer, model = peer_base(tmp_path / "base", kind, torch.float32)
-    ours, config = {"prefix": (Prefix, peft.PrefixTuningConfig), "soft prompt": (SoftPrompt, peft.PromptTuningConfig)}[method]
+    ours, config = {
+        "prefix": (Prefix, peft.PrefixTuningConfig),
+        "cartridge": (Prefix, peft.CartridgeConfig),
+        "soft prompt": (SoftPrompt, peft.PromptTuningConfig),
+    }[method]
     torch.manual_seed(0)
     theirs = peft.get_peft_model(peer, config(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    adapter = ours.load(tmp_path / "theirs", model)
+    adapter = load_adapter(tmp_path / "theirs", model)
+    assert type(adapter) is ours
     assert_same(model, adapter, theirs)
     for parameter in adapter.parameters():
         parameter.data += 0.5 * torch.randn(parameter.shape)
-    adapter.save(tmp_path / "ours", model)
+    save_adapter(adapter, tmp_path / "ours", model)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert_same(model, adapter, peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval())
 
@@ -145,14 +151,13 @@ def assert_same(model, adapter, theirs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_load_as_one_file_does(tmp_path, kind):
-    """model.safetensors.index.json says which tensor is where; a name that leaves the directory is refused."""
+    """Each tensor is in one of model-00001-of-0000N.safetensors; without one of them, it is missing."""
     _, model = peer_base(tmp_path / "one", kind)
     peer_base(tmp_path / "many", kind, max_shard_size="20KB")
     assert not (tmp_path / "many" / "model.safetensors").exists()
     assert_close(load_base(tmp_path / "many").state_dict(), model.state_dict(), rtol=0, atol=0)
-    index = tmp_path / "many" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../one/model.safetensors"}}))
-    with pytest.raises(ValueError, match="no weight_map of file names"):
+    next((tmp_path / "many").glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="lacks what its config.json asks for .*Missing"):
         load_base(tmp_path / "many")
 
 
@@ -198,14 +203,15 @@ def test_the_gradient_of_a_prefix_in_bfloat16_is_that_in_float64(tmp_path):
     "changes, message",
     [
         ({"model_type": "gemma2"}, "model_type is 'gemma2'; only gpt2, llama, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' can be loaded"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotation .*yarn.* is not known here"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rotation .* is not known here"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotation .*yarn.* is not that of"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "rotation .* is not that of"),
+        ({"rope_parameters": "fast"}, "rotation .*fast.* is not that of"),
         ({"num_key_value_heads": 4}, "do not divide into heads"),
         ({"head_dim": 7}, "do not divide into heads"),
-        ({"hidden_size": "24"}, "are not a Llama's"),
+        ({"hidden_size": "24"}, "hidden_size is '24', which is no size"),
         ({"hidden_size": 48}, "config.json asks for"),
         ({"tie_word_embeddings": False}, 'Missing .* "lm_head.weight"'),
     ],
@@ -266,16 +272,75 @@ SPLITS = {
 
 @pytest.mark.parametrize("kind", SPLITS)
 def test_a_tokenizer_gives_the_ids_of_hugging_faces(tmp_path, kind):
-    """On 20,000 random strings; Qwen's composes accents first. The end of text is the config's first, wherever its id is."""
+    """On 20,000 random strings, added tokens in them; Qwen's composes accents first."""
     normalizer = tokenizers.normalizers.NFC() if kind == "Qwen" else None
     theirs = trained_tokenizer(tmp_path, SPLITS[kind](tokenizers.pre_tokenizers), normalizer)
+    theirs.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<a>", "<a><b>", "<b>")])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "config.json", {"model_type": "llama", "vocab_size": 603, "eos_token_id": [2, 1]})
     ours, rng = load_tokenizer(tmp_path), random.Random(1)
-    texts = ["".join(rng.choices(CHARACTERS, k=rng.randint(0, 40))) for _ in range(20_000)]
-    expected = [found.ids for found in theirs.encode_batch([text for text in texts], add_special_tokens=False)]
-    plain = [i for i, text in enumerate(texts) if "<|" not in text]  # what looks like a special token is one there
-    assert [ours.encode_ordinary(texts[i]) for i in plain] == [expected[i] for i in plain]
-    assert ours.eot_token == 2 and ours.n_vocab == 600
-    assert ours.decode(ours.encode_ordinary("abc 019")) == "abc 019"
+    alphabet = [*CHARACTERS, "<a>", "<b>", "<|end|>", "<|endoftext|>", "\u0338"]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(20_000)]
+    expected = [found.ids for found in theirs.encode_batch(texts, add_special_tokens=False)]
+    assert [ours.encode(text, allowed_special="all") for text in texts] == expected
+    assert ours.eot_token == 2 and ours.n_vocab == 603
+    assert ours.decode(ours.encode("abc 019<a>")) == "abc 019<a>"
+
+
+TEMPLATES = {  # written in the spirit of those of SmolLM2, Qwen3 and Llama 3
+    "SmolLM2": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are brief<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + \
+message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "Qwen3": """{%- if tools %}
+    {{- '<|im_start|>system\\n' + tools | tojson }}
+{%- endif %}
+{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- if message.role == 'user' and message.content is string %}
+        {%- set ns.last = messages|length - 1 - loop.index0 %}
+        {%- break %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
+    {{- '<|im_start|>' + message.role + (' (last)' if loop.index0 == ns.last else '') + '\\n' + content + eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+""",
+    "Llama 3": """{{- bos_token }}
+{%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string + "\\n\\n<|eot_id|>" }}
+{% for message in messages %}
+    {% if message.role not in ['system', 'user', 'assistant'] %}
+        {{ raise_exception('no such role') }}
+    {% endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{% endfor %}
+{{ unk_token }}{{ {'é': messages} | tojson(indent=2) }}
+""",
+}
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_chat_template_says_what_transformers_has_it_say(tmp_path, kind, where):
+    """Text for text: white space, tokens, JSON, dates, loops that break."""
+    trained_tokenizer(tmp_path, SPLITS["Qwen"](tokenizers.pre_tokenizers))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|pad|>", "unk_token": None, "eos_token": "<|end|>"}
+    if where == "chat_template.jinja":
+        (tmp_path / where).write_text(TEMPLATES[kind], encoding="utf-8")
+    else:
+        config["chat_template"] = TEMPLATES[kind]
+    write_json(tmp_path / "tokenizer_config.json", config | {"add_bos_token": False})
+    peer, render = transformers.AutoTokenizer.from_pretrained(tmp_path), load_chat_template(tmp_path)
+    talk = [("user", " 1 < 2 & 'é' "), ("assistant", "<think>\nhm</think>\nyes"), ("user", "why?\n"), ("assistant", "so")]
+    for n in range(1, 5):
+        messages = [{"role": role, "content": content} for role, content in talk[:n]]
+        assert render(messages) == peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def test_a_byte_that_the_vocabulary_lacks_gets_a_sentence(tmp_path):
@@ -294,10 +359,13 @@ def test_a_byte_that_the_vocabulary_lacks_gets_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda found: found["model"]["merges"].reverse(), "splits texts in a way"),
-        (lambda found: found["pre_tokenizer"].update(type="Metaspace"), "splits texts in a way|no byte-level BPE"),
-        (lambda found: found.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-        (lambda found: found["added_tokens"].clear(), "no byte-level BPE whose end of text is"),
+        (lambda found: found["model"]["merges"].reverse(), "do not make its tokens in the order of their ids"),
+        (lambda found: found["model"]["merges"].pop(), "do not make its tokens"),
+        (lambda found: found["pre_tokenizer"].update(type="Metaspace"), "its pre_tokenizer is .*Metaspace"),
+        (lambda found: found["pre_tokenizer"].update(add_prefix_space=True), "its pre_tokenizer is"),
+        (lambda found: found.update(normalizer={"type": "Lowercase"}), "its normalizer is .*Lowercase"),
+        (lambda found: found["added_tokens"][0].update(lstrip=True), "'<.pad.>' depends on what is beside it"),
+        (lambda found: found["added_tokens"].pop(), "its merges do not make its tokens"),
         (lambda found: found.pop("model"), "no byte-level BPE"),
         (lambda found: found["model"].update(vocab={"日": 0}), "no byte-level BPE"),
         (lambda found: found["model"]["vocab"].update(a=found["model"]["vocab"]["b"]), "two tokens of one id"),
@@ -312,38 +380,3 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
     path.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------------------- the hub
-
-
-def test_a_name_on_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
-    """config, tokenizer and weights, in shards where there is no single file; offline, a sentence says what to put where."""
-    served = {"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}", "a.safetensors": "x", "b.safetensors": "y"}
-    served["model.safetensors.index.json"] = json.dumps({"weight_map": {"p": "b.safetensors", "q": "a.safetensors"}})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    asked = []
-
-    def urlretrieve(url, path):
-        asked.append(url.removeprefix("https://huggingface.co/someone/Tiny-1.5/resolve/main/"))
-        if asked[-1] not in served:
-            raise storage_base.urllib.error.HTTPError(url, 404, "Not Found", {}, None)
-        path.write_text(served[asked[-1]])
-
-    import storage.hub as storage_base
-
-    monkeypatch.setattr(storage_base.urllib.request, "urlretrieve", urlretrieve)
-    directory = base_directory("someone/Tiny-1.5")
-    assert directory == tmp_path / "prefix-tuning" / "someone--Tiny-1.5"
-    assert asked == ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors", "b.safetensors"]
-    assert {path.name for path in directory.iterdir()} == {*served}
-    asked.clear()
-    assert base_directory("someone/Tiny-1.5") == directory and not asked
-
-    def offline(*_):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(storage_base.urllib.request, "urlretrieve", offline)
-    with pytest.raises(ValueError, match="nobody/x is no directory here, and cannot be downloaded .no route.* put config.json, .* into"):
-        base_directory("nobody/x")
-    assert base_directory(str(tmp_path)) == tmp_path and base_directory("a/b/c") == Path("a/b/c") and "gpt2" in HUB_REPOS
