@@ -14,8 +14,10 @@ if __name__ == "__main__":  # a wrong flag is answered before torch takes its se
 
     run_command(lambda: train_flags(__doc__))
 
+import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,13 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from command.answers import report, show_examples
 from command.console import run_command, say
-from command.flags import train_flags
+from command.flags import RECIPES, train_flags
+from command.models import KINDS, check_folders, load_examples, new_adapters, open_base
+from command.models import save_record, save_run, settings_of, sizes_of
 from command.process import Progress, start_process, sum_over_processes, this_process
-from command.training import Desk
-from data import IGNORE, Batch, Row, batch_of, shuffled_batches
-from model import Decoder, KVCache, stacked_past_kv
-from storage.checkpoints import Checkpoint, Metrics
+from data import IGNORE, Batch, Row, batch_of, check_lengths, encode, shuffled_batches
+from model import Decoder, KVCache, past_length, stacked_past_kv
+from storage.base import fingerprint
+from storage.checkpoints import Checkpoint, Metrics, looks_since_best
+
+Rows = dict[str, list[Row]]  # by split: train, validation, test
 
 
 def target_hidden(model: Decoder, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
@@ -80,9 +87,11 @@ def evaluate(
         n_right, n_targets = n_right + int(right.sum()), n_targets + len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row of each position
         exact[chunk[row_of[~right].cpu()]] = False
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} in {model.dtype}")
     return Scores(loss / n_targets, 100 * n_right / n_targets, exact.tolist())
+
+
+class Diverged(ValueError):
+    """The loss is no number any more."""
 
 
 class Plan(NamedTuple):
@@ -119,8 +128,9 @@ def tune(
         optimizer.zero_grad()
         n_targets = sum(len(row.target) for row in step_rows)
         total = torch.zeros((), device=model.device)
-        for part in in_parts(step_rows[rank::processes], plan.micro_batch):
-            batch = batch_of(part, model.device)
+        own_rows, size = step_rows[rank::processes], plan.micro_batch or len(step_rows)
+        for i in range(0, len(own_rows), size):  # once, unless memory is short
+            batch = batch_of(own_rows[i : i + size], model.device)
             loss = loss_of(model, batch, stacked_past_kv(adapters, model), n_targets)
             loss.backward()
             total += loss.detach()
@@ -133,7 +143,7 @@ def tune(
                 checkpoint.save(trainee, optimizer, metrics)
         if not math.isfinite(total.item()):
             raise Diverged(f"the loss became {total.item()} with --lr {plan.lr:g}: lower it")
-        progress.show(step, n_targets, metrics[-1])
+        progress.show(sum(len(row.source + row.target) - 1 for row in own_rows), metrics[-1])
     return metrics
 
 
@@ -206,7 +216,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     n_virtual = past_length(stacked_past_kv(adapters, model))
     for split in rows:
         check_lengths(examples[split], rows[split], model.config.block_size, n_virtual)
-    checkpoint.add_settings(base=fingerprint(model), dtype=str(model.dtype))
+    checkpoint.add_settings({"base": fingerprint(model), "dtype": str(model.dtype)})
     record |= sizes_of(model, adapters) | checkpoint.settings
     check_folders(args.method, args.out, record)  # now with the base's fingerprint
 
@@ -221,17 +231,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if lr is None:
         record["rates"] = find_rate(begin, model, rows, plan, RECIPES[args.method].middle)
         plan = plan._replace(lr=min(record["rates"], key=record["rates"].get))
-    out_of_patience = lambda metrics: looks_since_best(metrics) == args.patience
-    metrics = tune(model, adapters, rows, plan, checkpoint, out_of_patience)
+    metrics = tune(model, adapters, rows, plan, checkpoint, lambda m: looks_since_best(m) == args.patience)
     if rank > 0:  # one process is enough for what remains
         return record
     if args.patience:
         checkpoint.restore_best(nn.ModuleList(adapters or [model]))
-    save_run(record, metrics, adapters, model, args.out)
+    names = {"data": args.data, "base_name": model.name, "out": str(args.out)}
+    curve = [(entry["step"], entry["validation"]) for entry in metrics if "validation" in entry]
+    record |= names | {"lr_used": plan.lr, "curve": curve}
+    save_run(record, metrics, adapters, model)
     checkpoint.end()
     tuned = evaluate(model, adapters, rows["test"], args.batch_size)
-    record |= report(frozen, tuned)
-    save_record(record, args.out)
+    record |= report("frozen", frozen) | report("tuned", tuned)
+    save_record(record)
     show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned.exact)
     return record
 

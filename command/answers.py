@@ -66,3 +66,11 @@ def write_predictions(file: Path, examples: list[Example], predictions: list[str
         for example, prediction in zip(examples, predictions)
     ]
     replace_file(file, "".join(f"{line}\n" for line in lines).encode())
+
+
+def report(name: str, scores: Any) -> dict[str, float]:
+    """What `evaluate` says of the test data -> the same by name, printed."""
+    shares = f"tokens right {scores.tokens:5.1f} %  exact match {scores.exact_match():5.1f} %"
+    say(f"test     {name:6}  loss {scores.loss:.3f}  {shares}")
+    numbers = {"loss": scores.loss, "tokens": scores.tokens, "exact_match": scores.exact_match()}
+    return {f"{key}_{name}": value for key, value in numbers.items()}

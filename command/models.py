@@ -22,10 +22,10 @@ from prefix import Prefix
 from small_base.pretrain import pretrain
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
-from storage.adapters import adapter_rows, load_adapter, save_adapter
+from storage.adapters import load_adapter, save_adapter
 from storage.base import load_base, save_base
 from storage.checkpoints import Metrics
-from storage.files import TRAINING, check_place, read_json, replace_file, saved_file, write_json
+from storage.files import TRAINING, check_place, read_json, replace_file, write_json
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
 
@@ -107,7 +107,7 @@ def trained_on(directory: str | Path) -> tuple[str | None, bool]:
     """A saved adapter, or the folder of a stack -> the name of its base, and whether it was --chat."""
     alone = Path(directory) / "adapter_config.json"
     folder = alone.parent if alone.exists() else folders_of("both", Path(directory))[0]
-    config = read_json(saved_file(folder, "adapter_config.json"))
+    config = read_json(folder / "adapter_config.json")
     record = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
     return config.get("base_model_name_or_path"), record.get("chat", False)
 
@@ -141,7 +141,8 @@ def sizes_of(model: Decoder, adapters: list[nn.Module]) -> dict[str, Any]:
     n_base = sum(p.numel() for p in model.parameters())
     parts = [model, *adapters]
     n_trainable = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
-    n_stored = sum(adapter_rows(adapter).numel() for adapter in adapters) or n_base
+    rows = [a.kv() if isinstance(a, Prefix) else a.vectors for a in adapters]  # what is stored
+    n_stored = sum(tensor.numel() for tensor in rows) or n_base
     percent = 100 * n_stored / n_base
     return {"n_base": n_base, "n_trainable": n_trainable, "n_stored": n_stored, "percent": percent}
 
@@ -155,8 +156,8 @@ def check_folders(method: str, out: Path, record: dict[str, Any]) -> None:
 def save_run(record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module], model: Decoder) -> None:
     """Saves the adapters, or the tuned model, with the metrics and the record of the training."""
     out = Path(record["out"])
+    save_record(record)
     for folder, adapter in zip(folders_of(record["method"], out), adapters or [None]):
-        write_json(folder / TRAINING, record)
         if adapter is not None:
             save_adapter(adapter, folder, model)
         else:
@@ -167,6 +168,12 @@ def save_run(record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module]
     draw_curve(out / "curve.png", metrics)
     use = f"--adapter {shlex.quote(str(out))}" if adapters else f"--base {shlex.quote(str(out))}"
     say(f'saved to {out}; use it with: python generate.py {use} --prompt "…"\n')
+
+
+def save_record(record: dict[str, Any]) -> None:
+    """Writes what was trained, how, and how it tested, beside each adapter."""
+    for folder in folders_of(record["method"], Path(record["out"])):
+        write_json(folder / TRAINING, record)
 
 
 def draw_curve(file: Path, metrics: Metrics) -> None:

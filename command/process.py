@@ -1,5 +1,6 @@
 """A process: how it starts, what computes, how it meets others under torchrun, and its progress."""
 
+import math
 import os
 import sys
 import time
@@ -98,20 +99,22 @@ class Progress:
 
     def __init__(self, first: int, steps: int):
         """Steps done before, and in all."""
-        self.first, self.steps, self.tokens = first, steps, 0
+        self.first, self.steps, self.tokens, self.validation = first, steps, 0, None
         self.begin = self.shown = time.perf_counter()
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
-    def show(self, step: int, tokens: int, **losses: float) -> None:
-        """Notes that `step` steps are done, the last of them on so many tokens."""
-        self.tokens += tokens
-        now = time.perf_counter()
-        due = now - self.shown > 0.2 if self.terminal else step * 10 % self.steps < 10
-        if due or step == self.steps:
+    def show(self, n_tokens: int, entry: dict[str, float]) -> None:
+        """Notes a step on so many tokens, and what was measured of it."""
+        step, now = int(entry["step"]), time.perf_counter()
+        self.tokens += n_tokens
+        self.validation = entry.get("validation", self.validation)
+        tenth = step % math.ceil(self.steps / 10) == 0 or step == self.steps
+        if now - self.shown > 0.2 if self.terminal and step < self.steps else tenth:
             self.shown, seconds = now, now - self.begin
             left = seconds / (step - self.first) * (self.steps - step)
-            words = "".join(f"  {name} {loss:.3f}" for name, loss in losses.items())
+            losses = f"  loss {entry['loss']:.3f}"
+            if self.validation is not None:
+                losses += f"  validation {self.validation:.3f}"
             speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
-            last = step == self.steps or not self.terminal
-            start = "\r" if self.terminal else ""
-            say(f"step {step:4}/{self.steps}{words}  {speed}", start, end="\n" if last else "")
+            start, end = ("\r", "") if self.terminal else ("", "\n")
+            say(f"step {step:4}/{self.steps}{losses}  {speed}", start, "\n" if step == self.steps else end)

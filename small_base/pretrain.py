@@ -221,7 +221,7 @@ def pretrain(
             optimizer.step()
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss became {loss.item()} with --lr {lr:g}: lower it")
-        progress.show(step, ids.numel(), {"loss": loss.item()})
+        progress.show(ids.numel(), {"step": step, "loss": loss.item()})
     if (out / "config.json").exists():
         say(f"{out} was made by another process meanwhile, and stays")
         return

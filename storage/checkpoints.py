@@ -24,47 +24,71 @@ def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tens
     return numbers
 
 
-class Checkpoint:
-    """The place of a run's checkpoint, and what the one that lies there says of itself."""
+def looks_since_best(metrics: Metrics) -> int:
+    """-> how many looks at the validation data ago the loss was lowest, step 0 left out."""
+    losses = [entry["validation"] for entry in metrics[1:] if "validation" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
-    def __init__(self, directory: Path, settings: dict[str, Any], resume: bool):
-        """Raises ValueError if a checkpoint is there that is not to be resumed, or none that is."""
+
+class Checkpoint:
+    """Where a run keeps its checkpoint, and what the one that lies there says of itself."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any], resume: bool, keep_best: bool):
+        """Raises ValueError if one is there that is not to be resumed, or none that is."""
         self.file = directory / "checkpoint.safetensors"
         self.best = directory / "best.safetensors"
-        self.settings: dict[str, Any] = settings
-        self.step, self.metrics = 0, []
+        self.keep_best, self.metrics = keep_best, []
+        self.stored: dict[str, Any] = {}
         if self.file.exists():
             self.read()
-            if not resume:
-                stopped = f"{self.file} is of a run stopped after step {self.step}"
-                raise ValueError(f"{stopped}: add --resume to go on, or delete it")
         elif resume:
-            raise ValueError(f"{self.file} does not exist, so there is nothing to --resume: leave it out")
+            nothing = f"{self.file} does not exist, so there is nothing to resume"
+            raise ValueError(f"{nothing}: leave --resume out")
+        if self.metrics and not resume:
+            stopped = f"{self.file} is of a run stopped after step {self.step}"
+            raise ValueError(f"{stopped}: add --resume to go on, or delete it")
+        self.settings: dict[str, Any] = {}
+        self.add_settings(settings)
+
+    @property
+    def step(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def lr(self) -> float | None:
+        """-> the peak learning rate that the run began with."""
+        return self.metrics[0]["lr"] if self.metrics else None
 
     def read(self) -> None:
-        """Takes step and metrics from the file. Raises ValueError if it is broken, or of another run."""
+        """Takes metrics and settings from the file. Raises ValueError if it is broken."""
         try:
             with safe_open(self.file, "pt") as opened:
-                stored = {key: json.loads(value) for key, value in opened.metadata().items()}
-            self.metrics, settings = list(stored["metrics"]), dict(stored["settings"])
-            self.step = int(self.metrics[-1]["step"])
-        except (SafetensorError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.file} is not a whole checkpoint ({error}): delete it to start anew") from None
-        other = difference(settings, self.settings)
-        if other:
-            raise ValueError(f"{self.file} is of a run with other {other}: repeat its flags, or delete it")
+                about = opened.metadata()
+            self.metrics, self.stored = json.loads(about["metrics"]), dict(json.loads(about["settings"]))
+            whole = self.step > 0 and self.lr > 0 and looks_since_best(self.metrics) >= 0
+        except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            whole = False
+        if not whole:
+            raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")
+
+    def add_settings(self, settings: dict[str, Any]) -> None:
+        """Notes what decides how the run goes. Raises ValueError if the stored run differs in it."""
+        self.settings |= settings
+        other = difference(self.stored, settings)
+        if self.metrics and other:
+            another = f"{self.file} is of another run: {other}"
+            raise ValueError(f"{another}: repeat its flags, or delete it")
 
     def save(self, trainee: nn.Module, optimizer: optim.Optimizer, metrics: Metrics) -> None:
         """Writes the checkpoint. The last one stays until this one is whole."""
         about = {"metrics": json.dumps(metrics), "settings": json.dumps(self.settings)}
         write_tensors(self.file, numbers_of(trainee, optimizer), about)
-
-    def save_best(self, trainee: nn.Module) -> None:
-        write_tensors(self.best, trainee.state_dict())
+        if self.keep_best and looks_since_best(metrics) == 0:
+            write_tensors(self.best, trainee.state_dict())
 
     def restore(self, trainee: nn.Module, optimizer: optim.Optimizer) -> Metrics:
-        """Puts the stored numbers in place -> the metrics so far; an empty list without a checkpoint."""
-        if not self.step:
+        """Puts the stored numbers in place -> the metrics so far, none where there is no file."""
+        if not self.metrics:
             return []
         for p in trainee.parameters():
             if p.requires_grad:  # AdamW makes these at its first step
@@ -73,12 +97,15 @@ class Checkpoint:
         numbers, stored = numbers_of(trainee, optimizer), read_tensors(self.file)
         shapes = {name: tensor.shape for name, tensor in numbers.items()}
         steps = {tensor.item() for name, tensor in stored.items() if name.endswith("/step")}
-        if shapes != {name: tensor.shape for name, tensor in stored.items()} or steps != {self.step}:
-            reason = f"not all numbers of step {self.step}"
-            raise ValueError(f"{self.file} is not a whole checkpoint ({reason}): delete it to start anew")
+        if shapes != {name: t.shape for name, t in stored.items()} or steps != {self.step}:
+            raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")
         for name, tensor in numbers.items():
             tensor.copy_(stored[name])
         return list(self.metrics)
+
+    def restore_best(self, trainee: nn.Module) -> None:
+        """Goes back to the numbers that had the lowest validation loss."""
+        trainee.load_state_dict(read_tensors(self.best))
 
     def end(self) -> None:
         """Removes what only an interrupted run needs."""

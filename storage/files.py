@@ -71,21 +71,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): get it anew") from None
 
 
-def check_place(directory: Path, training: dict[str, Any]) -> None:
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Settings of an earlier run and of this one -> the first that differs, in words."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            return f"{key} {before.get(key)}, not {value}"
+    return None
+
+
+def check_place(directory: Path, settings: dict[str, Any]) -> None:
     """Makes a directory to save to. Raises ValueError if it holds what would be lost.
 
-    An earlier training that agrees in method, task, data and base is replaced; files not ours stay.
+    An earlier run of the same settings is replaced. Files that are not ours stay.
     """
     check_writable(directory)
-    found = [name for name in OURS if (directory / name).exists()]
-    before = read_json(directory / TRAINING) if TRAINING in found else {}
-    who = {key: before.get(key) for key in ("method", "task", "data", "base")}
-    if found and who != {key: training[key] for key in who}:
-        what = f"{found[0]} of unknown training"
-        if before:
-            what = f"{who['method']} trained for {who['task']}"
-        what += f" ({who['data']})" * bool(who["data"]) + f" on {who['base']}" * bool(who["base"])
-        raise ValueError(f"{directory} holds {what}, which is not overwritten: name another --out")
+    ours = [name for name in OURS if (directory / name).exists()]
+    before = read_json(directory / TRAINING) if TRAINING in ours else {}
+    other = difference(before, settings)
+    if ours and other:
+        what = f"another run: {other}" if before else f"{ours[0]} of unknown training"
+        raise ValueError(f"{directory} holds {what}. It is not overwritten: name another --out")
 
 
 def check_writable(directory: Path) -> None:
