@@ -129,9 +129,9 @@ def load_tokenizer(name_or_dir: str | Path) -> Encoding:
 def read_two_files(directory: Path) -> dict[str, Any]:
     """GPT-2's vocab.json and merges.txt -> what its tokenizer.json would say."""
     vocab = read_json(directory / "vocab.json")
-    text = saved_file(directory / "merges.txt").read_bytes().decode(errors="replace")
+    merges = saved_file(directory / "merges.txt").read_text(encoding="utf-8", errors="replace")
     return {
-        "model": {"vocab": vocab, "merges": [line for line in text.split("\n")[1:] if line]},
+        "model": {"vocab": vocab, "merges": [line for line in merges.split("\n")[1:] if line]},
         "added_tokens": [{"content": END_OF_TEXT, "id": vocab.get(END_OF_TEXT)}],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
     }
@@ -174,9 +174,9 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
     """-> tokenizer_config.json, where there is one; a token with flags becomes its text."""
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    for key, token in tokens.items():
-        config[key] = token.get("content") if isinstance(token, dict) else token
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            config[key] = value.get("content")
     return config
 
 
@@ -202,7 +202,9 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
     """
     directory = base_directory(name_or_dir)
     config, path = tokenizer_config(directory), directory / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    template = config.get("chat_template")
+    if path.exists():
+        template = path.read_text(encoding="utf-8", errors="replace")
     for named in template if isinstance(template, list) else []:  # several, by name
         if isinstance(named, dict) and named.get("name") == "default":
             template = named.get("template")
@@ -212,6 +214,10 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
     for key, text in config.items():
         if key.endswith("_token") and isinstance(text, str):
             variables[key] = text
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
         loader=jinja2.DictLoader({"chat": template}),  # which compiles it once
@@ -227,7 +233,3 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
             raise ValueError(f"the chat template of {directory} fails ({error!r:.200})") from None
 
     return render
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
