@@ -141,13 +141,14 @@ def read_vocabulary(found: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, 
     """A tokenizer.json -> the ids of byte strings, and of added tokens. Raises if it is no BPE."""
     model, added = found["model"], {}
     for token in found["added_tokens"]:
-        added[token["content"]] = token["id"]
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+        added[str(token["content"])] = token["id"]
+        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             raise ValueError(f"{token['content']!r} depends on what is beside it")
     ranks = {token_bytes(t): i for t, i in model["vocab"].items() if t not in added}
     ids = [*ranks.values(), *added.values()]
-    if len({*ids}) < len(ids) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError("two tokens of one id, or an id that is none")  # tiktoken would panic
+    numbers = all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    if not numbers or len({*ids}) < len(ids) or "" in added:  # tiktoken would panic
+        raise ValueError("two tokens of one id, an id that is none, or an empty token")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     made = [ranks[token_bytes(a) + token_bytes(b)] for a, b in pairs]
     unmade = {i for token, i in ranks.items() if len(token) > 1} - {*made}
@@ -165,7 +166,7 @@ def split_pattern(pre_tokenizer: dict[str, Any]) -> str:
                 return r50k_pat_str
             case [{"type": "Digits", "individual_digits": True}], True:
                 return ONE_DIGIT
-            case [{"type": "Split", "pattern": {"Regex": own}, "behavior": "Isolated"}], False:
+            case [{"type": "Split", "pattern": {"Regex": str(own)}, "behavior": "Isolated"}], False:
                 return own
     raise ValueError(f"its pre_tokenizer is {pre_tokenizer}")
 

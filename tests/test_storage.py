@@ -33,7 +33,7 @@ from storage.files import (
 )  # fmt: skip
 from storage.hub import base_directory
 from storage.tokenizers import (
-    copy_tokenizer, load_chat_template, load_tokenizer, ranks_of, save_tokenizer,
+    copy_tokenizer, load_chat_template, load_tokenizer, read_two_files, save_tokenizer,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
@@ -549,6 +549,7 @@ def test_broken_tokenizer_files_are_refused(tmp_path, file, content):
         ({"xyz": 259}, "", "do not make its tokens"),
         ({}, "e f\n", "ef"),
         ({"日": 259}, "", "日"),
+        ({"a": 2**31}, "", "an id that is none"),
     ],
 )
 def test_two_files_that_do_not_fit_together_are_refused(tmp_path, changes, merges, message):
@@ -586,17 +587,12 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path, size
 
 
 def tokenizer_json(directory: Path, *added: str, **config) -> None:
-    """A tokenizer of bytes alone, as newer models have it, with added tokens from 256 on."""
-    vocab = {chr(i + 33 if i < 94 else i + 67): i for i in range(2)}
+    """A tokenizer of bytes alone, in the file of newer models; its added tokens begin at 256."""
     save_tokenizer(directory, [])
-    vocab = read_json(directory / "vocab.json")
-    del vocab["<|endoftext|>"]
-    for name in ("vocab.json", "merges.txt"):
-        (directory / name).unlink()
-    tokens = [{"id": 256 + i, "content": token} for i, token in enumerate(added)]
-    splits = {"type": "ByteLevel", "add_prefix_space": False}
-    bpe = {"type": "BPE", "vocab": vocab, "merges": []}
-    write_json(directory / "tokenizer.json", {"added_tokens": tokens, "pre_tokenizer": splits, "model": bpe})
+    found = read_two_files(directory)
+    del found["model"]["vocab"]["<|endoftext|>"]
+    found["added_tokens"] = [{"id": 256 + i, "content": token} for i, token in enumerate(added)]
+    write_json(directory / "tokenizer.json", found)
     write_json(directory / "config.json", {"model_type": "gpt2", "vocab_size": 300} | config)
 
 
@@ -639,15 +635,14 @@ def test_without_an_end_of_text_there_is_one_sentence(tmp_path, end):
 
 
 def test_a_tokenizer_is_copied_beside_another_model(tmp_path):
-    """With its chat template, and what says where a text ends."""
-    for source, more in (("two", []), ("one", ["tokenizer_config.json", "chat_template.jinja"])):
-        (save_tokenizer if source == "two" else tokenizer_json)(tmp_path / source, *[[]] * (source == "two"))
-        for name in more:
-            (tmp_path / source / name).write_text("{}")
-        copy_tokenizer(tmp_path / source, tmp_path / "to" / source)
-        copied = tmp_path / "to" / source
-        assert names(copied) == names(tmp_path / source) - {"config.json"}
-        assert all(p.read_bytes() == (tmp_path / source / p.name).read_bytes() for p in copied.iterdir())
+    """With its chat template, and what says where a text ends; without the model's config."""
+    tokenizer_json(tmp_path / "a", "<|endoftext|>")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "a" / name).write_text(name)
+    copy_tokenizer(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path / "b") == names(tmp_path / "a") - {"config.json"}
+    for copied in (tmp_path / "b").iterdir():
+        assert copied.read_bytes() == (tmp_path / "a" / copied.name).read_bytes()
 
 
 CHATML = """{%- if messages[0]['role'] != 'system' %}
