@@ -705,6 +705,13 @@ def test_an_adapter_comes_back_as_its_directory_says(model, tmp_path, kind, with
     assert_close(again.state_dict(), adapter.state_dict(), rtol=0, atol=0)
 
 
+def test_saved_without_a_base_it_names_none(model, tmp_path):
+    """Nor the one of an adapter that was there before."""
+    for given, there in ((model, True), (None, False)):
+        save_adapter(soft_prompt(), tmp_path, given)
+        assert (tmp_path / "base.json").exists() is there
+
+
 def test_a_prefix_through_an_mlp_is_saved_baked(model, tmp_path):
     """Only what it says to the model is stored, in PEFT's (P, L·2·C)."""
     adapter = prefix(model, 4).reparametrise(5)
