@@ -129,10 +129,10 @@ def initialise(model: GPT) -> None:
     nn.init.normal_(model.wte.weight, std=0.4)
     nn.init.constant_(model.ln_f.weight, 0.1)  # the head is wte: logits still start small
     angles = torch.arange(c.block_size)[:, None] * 1000 ** -(torch.arange(0, c.n_embd, 2) / c.n_embd)
-    model.wpe.weight.copy_(0.05 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd])
+    model.wpe.weight.copy_(0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd])
     for block in model.h:
         values = nn.init.orthogonal_(block.attn.c_attn.weight[2 * c.n_embd :])
-        block.attn.c_proj.weight.copy_(0.6 * values.T)
+        block.attn.c_proj.weight.copy_(0.3 * values.T)
 
 
 class Muon(torch.optim.Optimizer):
