@@ -22,7 +22,7 @@ class Recipe(NamedTuple):
     n_virtual: int  # of each adapter
     lr: float  # chosen on validation data, for the small base
     middle: float  # where the search of a rate begins on any other base
-    steps: int = 150
+    steps: int = 100
 
 
 RECIPES = {
@@ -91,7 +91,7 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     add("--mid-dim", metavar="M", type=count, help=mlp)
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=count, default=150, help="optimizer steps (default: 150)")
+    add("--steps", type=count, default=100, help="optimizer steps (default: 100)")
     rate = f"peak learning rate ({defaults('lr')} on the small base; elsewhere a search finds one)"
     add("--lr", type=number(float, 1e-30, 1e38), help=rate)
     add("--batch-size", metavar="B", type=count, default=16, help="examples a step (default: 16)")

@@ -216,8 +216,9 @@ def pretrain(
         share = min(1, step / 10, (steps - step + 1) / (0.3 * steps))
         ids, targets = windows_anywhere(stream, batch_size, config.block_size, generator)
         model.zero_grad()
-        logits, _ = model(ids.to(device))  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
+        hidden, _ = model.forward_embeddings(model.wte(ids.to(device)))  # (B, T, C)
+        scored = targets != IGNORE
+        loss = F.cross_entropy(hidden[scored] @ model.head.T, targets[scored].to(device))
         loss.backward()
         for optimizer, peak in zip(optimizers, peaks):
             for group in optimizer.param_groups:
