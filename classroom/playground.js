@@ -257,8 +257,7 @@ function show() {
     $(`next-${name}`).replaceChildren(...(reader ? likeliest(reader) : []));
   }
   for (const id of ["kept", "keys", "values"]) $(`${id}-is`).textContent = $(id).value;
-  const { steps } = view.chain[0];
-  $("frame-is").textContent = `step ${steps[value("frame")]} of ${steps.at(-1)}`;
+  $("frame-is").textContent = view.film.steps[value("frame")];
   if (readers.on) show_attention(readers.on);
 }
 
@@ -309,10 +308,11 @@ function choose(first, second = page.adapters[first].partner ?? -1) { // partner
   $("first").value = first;
   $("second").value = second;
   view.chain = [first, second].filter((i) => i >= 0).map((i) => page.adapters[i]);
-  const frames = Math.max(...view.chain.map((adapter) => adapter.frames.length));
-  $("film").hidden = frames === 1;
-  $("frame").max = $("frame").defaultValue = frames - 1;
-  $("kept").max = $("kept").defaultValue = Math.max(...view.chain.map((adapter) => adapter.n_virtual));
+  const most = (n) => view.chain.reduce((a, b) => n(b) > n(a) ? b : a);
+  view.film = most(({ frames }) => frames.length);
+  $("film").hidden = view.film.frames.length === 1;
+  $("frame").max = $("frame").defaultValue = view.film.frames.length - 1;
+  $("kept").max = $("kept").defaultValue = most(({ n_virtual }) => n_virtual).n_virtual;
   $("knobs").reset();
 }
 
@@ -334,7 +334,7 @@ $("shuffle").onclick = () => { view.order = page.vocab.map(Math.random); change(
 $("knobs").onreset = () => { view.order = null; change("on"); };
 $("write").onclick = () => write(true);
 $("step").onclick = () => write(false);
-$("stop").onclick = () => { view.playing = false; };
+$("stop").onclick = () => { view.playing = clearTimeout(view.timer); };
 $("tokens").onpointerover = ({ target }) => target.value === undefined || pick(target.value);
 $("map").onpointermove = ({ offsetY, target }) =>
   pick(Math.floor(offsetY / target.clientHeight * target.height));

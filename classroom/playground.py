@@ -36,13 +36,14 @@ def packed(tensor: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def adapter_of(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Any]:
-    """A saved adapter -> its numbers, (P, width), at each step of its film if there is one."""
+    """A saved adapter -> its numbers, (P, width), after those of its film if there is one."""
     (adapter,) = load_adapters(folder, model)
     rows = adapter.kv().flatten(1) if isinstance(adapter, Prefix) else adapter.vectors
     film = folder / "film.safetensors"
-    frames = read_tensors(film) if film.exists() else {"0": rows}
-    steps = sorted(frames, key=int)
-    packs = [packed(frames[step].view_as(rows), dtype) for step in steps]
+    found = read_tensors(film) if film.exists() else {}
+    frames = {f"step {step}": found[step].view_as(rows) for step in sorted(found, key=int)}
+    packs = [packed(frame, dtype) for frame in (*frames.values(), rows)]
+    steps = [*frames, "as saved"]
     return {"kind": type(adapter).__name__, "n_virtual": len(rows), "steps": steps, "frames": packs}
 
 
