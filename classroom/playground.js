@@ -6,9 +6,8 @@
 const $ = (id) => document.getElementById(id);
 const page = JSON.parse($("numbers").textContent); // playground.py wrote it
 const { n_layer: L, n_head: H, n_embd: C, block_size, layer_norm_epsilon: eps } = page.config;
-const D = C / H;
 const range = (n) => [...Array(n).keys()];
-const layers = range(L), heads = range(H);
+const D = C / H, layers = range(L), heads = range(H);
 
 // ---- The numbers: base64 -> rows of floats
 
@@ -16,7 +15,6 @@ function half(bits) { // float16: 1 bit is the sign, 5 are the exponent, 10 the 
   const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
   return sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
 }
-
 function matrix({ width, data }) {
   const { buffer } = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
   const floats = page.bits === 32 ? new Float32Array(buffer)
@@ -37,7 +35,6 @@ const WORD = /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{
   /|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/.source;
 const rank = new Map(page.vocab.map((token, id) => [token, id])); // a token is a string of bytes
 const END = page.vocab.length - 1; // the end of text
-
 function encode(text) {
   return (text.match(RegExp(WORD, "gu")) ?? []).flatMap((word) => {
     const parts = Array.from(new TextEncoder().encode(word), (byte) => String.fromCharCode(byte));
@@ -49,7 +46,6 @@ function encode(text) {
     }
   });
 }
-
 function decode(ids) {
   const bytes = ids.map((id) => page.vocab[id] ?? "?").join("");
   return new TextDecoder().decode(Uint8Array.from(bytes, (character) => character.charCodeAt(0)));
@@ -62,7 +58,6 @@ function dot(a, b, start = 0, end = a.length) {
   for (let i = start; i < end; i++) sum += a[i] * b[i];
   return sum;
 }
-
 const total = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const add = (x, y) => x.map((row, t) => row.map((n, i) => n + y[t][i]));
 const linear = (x, { weight, bias: [bias] }) =>
@@ -73,7 +68,6 @@ const layer_norm = (x, { weight: [weight], bias: [bias] }) => x.map((row) => {
   const mean = total(row) / C, variance = total(row.map((n) => (n - mean) ** 2)) / C;
   return row.map((n, i) => (n - mean) / Math.sqrt(variance + eps) * weight[i] + bias[i]);
 });
-
 function softmax(scores) {
   const highest = Math.max(...scores), powers = scores.map((score) => Math.exp(score - highest));
   const sum = total(powers);
@@ -140,7 +134,7 @@ function chosen(adapter, { kept, order }) {
 
 /** -> a cache with the adapter's virtual tokens behind past_kv, in the layers that get them. */
 function adapter_past_kv(adapter, past_kv, knobs) {
-  const all = matrix(adapter.frames[Math.min(knobs.frame, adapter.frames.length - 1)]);
+  const all = matrix(adapter.frames[Math.max(adapter.frames.length - 1 - knobs.back, 0)]);
   const rows = chosen(adapter, knobs).map((i) => all[i]), P = rows.length;
   if (P === 0) return past_kv;
   const part = (i) => rows.map((row) => row.subarray(i * C, (i + 1) * C));
@@ -153,7 +147,7 @@ function adapter_past_kv(adapter, past_kv, knobs) {
   } : { k, v });
 }
 
-// ---- The page: two readers of one text, without and with adapters. Each writes what is likeliest.
+// ---- The page: two readers of one text, without and with adapters, write what is likeliest
 
 const readers = { off: null, on: null };
 const changed = new Set(); // the readers that must read anew
@@ -163,17 +157,15 @@ const readable = (id) => id === END ? "end of text" : decode([id]).replaceAll("\
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
 const value = (id) => Number($(id).value);
-
 function element(tag, text, share = 0, properties = {}) {
   const made = Object.assign(document.createElement(tag), { textContent: text, ...properties });
   made.style.setProperty("--share", share); // drawn as a bar or a shade, see playground.html
   return made;
 }
-
 function knobs_now() {
   const layers = [...$("layers").querySelectorAll("input")].map((box) => box.checked);
-  const [frame, kept, keys, values] = ["frame", "kept", "keys", "values"].map(value);
-  return { frame, kept, keys, values, layers, order: view.order };
+  const back = $("frame").max - value("frame"), [kept, keys, values] = ["kept", "keys", "values"].map(value);
+  return { back, kept, keys, values, layers, order: view.order };
 }
 
 function read(reader, ids) {
@@ -183,27 +175,24 @@ function read(reader, ids) {
   reader.cache = cache;
   looks.forEach((look, l) => reader.looks[l].push(...look));
 }
-
 function new_reader(chain) {
   const ids = [...encode($("text").value), ...encode("\n")]; // an answer begins behind a line break
   const knobs = knobs_now(), rows = chain.flatMap((adapter) => chosen(adapter, knobs));
   const reader = { T: ids.length, rows, ids: [], logits: [], looks: layers.map(() => []), end: "" };
-  const sum = `${rows.length} virtual + ${ids.length} tokens of text`, fits = rows.length + ids.length <= block_size;
-  $("problem").textContent = fits ? "" : `${sum} are more than ${block_size}: shorten the text.`;
-  if (!fits) return null;
+  if (rows.length + ids.length > block_size) return null;
   reader.cache = chain.reduce((past, adapter) => adapter_past_kv(adapter, past, knobs), no_past);
   read(reader, ids);
   return reader;
 }
-
 function refresh() {
   for (const name of changed) readers[name] = new_reader(name === "on" ? view.chain : []);
   changed.clear();
+  $("problem").textContent = readers.off && readers.on ? "" :
+    `Virtual tokens and text are more than ${block_size} tokens: shorten the text.`;
   view.picked = null;
   show();
   if (view.playing) view.timer = setTimeout(write_token, 150);
 }
-
 function change(...names) {
   clearTimeout(view.timer);
   if (changed.size === 0) requestAnimationFrame(refresh); // however fast a slider moves
@@ -211,7 +200,6 @@ function change(...names) {
 }
 
 const writing = () => Object.values(readers).filter((reader) => reader && !reader.end);
-
 function write_token() {
   clearTimeout(view.timer);
   for (const reader of writing()) {
@@ -224,7 +212,6 @@ function write_token() {
   show();
   if (view.playing && writing().length) view.timer = setTimeout(write_token, 30);
 }
-
 function write(playing) {
   view.playing = playing;
   writing().length ? write_token() : change("off", "on"); // at the end: once more
@@ -232,15 +219,13 @@ function write(playing) {
 
 // -> the token that is looked at: the one picked, or the last; after the end, the line break
 const at = ({ ids, T, end }) => Math.min(view.picked ?? (end ? T - 1 : Infinity), ids.length - 1);
-
-/** -> what token t reads: the shares of virtual tokens, if its layer has any, and of the text. */
+// -> what token t reads: the shares of virtual tokens, if its layer has any, and of the text
 function look_of(t, layer = view.layer, head = view.head) {
   const by_head = readers.on.looks[layer][t], n = by_head[0].length - t - 1;
   const mean = by_head[0].map((_, s) => total(by_head.map((shares) => shares[s])) / H);
   const shares = head === null ? mean : by_head[head];
   return [shares.slice(0, n), shares.slice(n)];
 }
-
 function likeliest(reader) {
   const t = at(reader), p = softmax(reader.logits[t]);
   const best = [...p.keys()].sort((i, j) => p[j] - p[i]).slice(0, 10);
@@ -250,72 +235,68 @@ function likeliest(reader) {
     return row;
   })];
 }
-
 function show() {
   for (const [name, reader] of Object.entries(readers)) {
     $(`answer-${name}`).textContent = reader ? decode(reader.ids.slice(reader.T)) + reader.end : "";
     $(`next-${name}`).replaceChildren(...(reader ? likeliest(reader) : []));
   }
   for (const id of ["kept", "keys", "values"]) $(`${id}-is`).textContent = $(id).value;
-  $("frame-is").textContent = view.film.steps[value("frame")];
+  $("frame-is").textContent = view.chain[0].steps[value("frame")];
   if (readers.on) show_attention(readers.on);
 }
-
 function show_attention({ ids, T, rows, end }) {
   const here = at({ ids, T, end }), [virtual, text] = look_of(here), most = largest(text);
-  const of = view.head === null ? "mean of all heads" : `head ${view.head + 1}`;
-  $("reading").textContent = `«${readable(ids[here])}», in layer ${view.layer + 1}, ${of}: ` +
-    `a₀ = ${percent(total(virtual))} goes to the virtual tokens. ` +
-    `Of the text, it reads «${readable(ids[most])}» most, ${percent(text[most])}.`;
+  const of = view.head === null ? "all heads" : `head ${view.head + 1}`;
+  $("reading").textContent = `«${readable(ids[here])}» in layer ${view.layer + 1}, ${of}: ` +
+    `a₀ is ${percent(total(virtual))}. It reads «${readable(ids[most])}» most, ${percent(text[most])}.`;
   const shade = (share) => Math.sqrt(share ?? 0); // so that small shares show too
   const kind = (t) => `${t < T ? "text" : "written"} ${t === here ? "picked" : ""}`;
   $("tokens").replaceChildren(
     ...rows.map((row, s) => element("span", row + 1, shade(virtual[s]), { className: "virtual" })),
     ...ids.map((id, t) =>
       element("span", readable(id), shade(text[t]), { className: kind(t), value: t })));
-
-  // The table of a₀, layers by heads: the mean over all tokens that look
+  // The table of a₀, layers by heads: the mean over all tokens
   $("shares").style.setProperty("--heads", H);
   $("shares").replaceChildren(...layers.flatMap((layer) => [null, ...heads].map((head) => {
     const a0 = total(ids.map((_, t) => total(look_of(t, layer, head)[0]))) / ids.length;
     const ariaPressed = layer === view.layer && head === view.head;
-    const onclick = () => show(Object.assign(view, { layer, head }));
+    const onclick = () => { Object.assign(view, { layer, head }); show(); };
     const name = head === null ? `layer ${layer + 1}: ` : "";
     return element("button", name + percent(a0), a0, { ariaPressed, onclick });
   })));
-
   // The map: a pixel for each pair of tokens, and an empty column between virtual tokens and text
   const map = $("map"), canvas = map.getContext("2d"), P = rows.length + 1;
+  const [violet, blue] = ["--on", "--text"].map((name) => getComputedStyle(map).getPropertyValue(name));
   Object.assign(map, { width: P + ids.length, height: ids.length });
   const paint = (x, y, width, share, colour) => {
     canvas.globalAlpha = shade(share);
-    canvas.fillStyle = getComputedStyle(map).getPropertyValue(colour);
+    canvas.fillStyle = colour;
     canvas.fillRect(x, y, width, 1);
   };
-  paint(0, here, map.width, 0.02, "--ink");
+  paint(0, here, map.width, 0.05, "gray");
   for (const t of ids.keys()) {
     const [virtual, text] = look_of(t);
-    virtual.forEach((share, s) => paint(s, t, 1, share, "--on"));
-    text.forEach((share, s) => paint(P + s, t, 1, share, "--text"));
+    virtual.forEach((share, s) => paint(s, t, 1, share, violet));
+    text.forEach((share, s) => paint(P + s, t, 1, share, blue));
   }
 }
 
 function pick(t) {
-  if (t !== view.picked) show(view.picked = t);
+  if (t === view.picked) return; // what is drawn anew comes under the pointer anew
+  view.picked = t;
+  show();
 }
 
 function choose(first, second = page.adapters[first].partner ?? -1) { // partners in a stack
   $("first").value = first;
   $("second").value = second;
   view.chain = [first, second].filter((i) => i >= 0).map((i) => page.adapters[i]);
-  const most = (n) => view.chain.reduce((a, b) => n(b) > n(a) ? b : a);
-  view.film = most(({ frames }) => frames.length);
-  $("film").hidden = view.film.frames.length === 1;
-  $("frame").max = $("frame").defaultValue = view.film.frames.length - 1;
-  $("kept").max = $("kept").defaultValue = most(({ n_virtual }) => n_virtual).n_virtual;
+  const last = { frame: view.chain[0].frames.length - 1,
+    kept: Math.max(...view.chain.map((adapter) => adapter.n_virtual)) };
+  for (const id in last) Object.assign($(id), { max: last[id], defaultValue: last[id] });
+  $("film").hidden = last.frame === 0;
   $("knobs").reset();
 }
-
 $("about").textContent += `${page.n_base.toLocaleString("en")} numbers.`;
 const box = (l) => ({ type: "checkbox", defaultChecked: true, ariaLabel: `layer ${l + 1}` });
 $("layers").append(...layers.flatMap((l) => [element("input", "", 0, box(l)), `${l + 1} `]));
@@ -334,7 +315,7 @@ $("shuffle").onclick = () => { view.order = page.vocab.map(Math.random); change(
 $("knobs").onreset = () => { view.order = null; change("on"); };
 $("write").onclick = () => write(true);
 $("step").onclick = () => write(false);
-$("stop").onclick = () => { view.playing = clearTimeout(view.timer); };
+$("stop").onclick = () => { view.playing = false; clearTimeout(view.timer); };
 $("tokens").onpointerover = ({ target }) => target.value === undefined || pick(target.value);
 $("map").onpointermove = ({ offsetY, target }) =>
   pick(Math.floor(offsetY / target.clientHeight * target.height));

@@ -1,4 +1,4 @@
-"""A base and adapters in one HTML file to play with. It opens by a double click and needs no network.
+"""A base and adapters in one HTML file to play with. It opens by a double click, without a network.
 
     python classroom/playground.py out/sentence/prefix out/sentiment/soft_prompt
     python classroom/playground.py out/mine/both --base out/mine/base --out mine.html
@@ -35,16 +35,17 @@ def packed(tensor: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     return {"width": tensor.shape[-1], "data": base64.b64encode(numbers).decode()}
 
 
-def adapter_of(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Any]:
+def packed_adapter(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Any]:
     """A saved adapter -> its numbers, (P, width), after those of its film if there is one."""
     (adapter,) = load_adapters(folder, model)
     rows = adapter.kv().flatten(1) if isinstance(adapter, Prefix) else adapter.vectors
     film = folder / "film.safetensors"
     found = read_tensors(film) if film.exists() else {}
     frames = {f"step {step}": found[step].view_as(rows) for step in sorted(found, key=int)}
-    packs = [packed(frame, dtype) for frame in (*frames.values(), rows)]
-    steps = [*frames, "as saved"]
-    return {"kind": type(adapter).__name__, "n_virtual": len(rows), "steps": steps, "frames": packs}
+    frames["as saved"] = rows
+    packs = [packed(frame, dtype) for frame in frames.values()]
+    name = type(adapter).__name__
+    return {"kind": name, "n_virtual": len(rows), "steps": list(frames), "frames": packs}
 
 
 def inputs_of(folder: Path, n: int, seed: int) -> list[str]:
@@ -69,27 +70,22 @@ def page_of(base: str | Path, directories: list[str], dtype: torch.dtype = torch
         examples += [{"text": text, "adapter": len(adapters)} for text in inputs]
         for folder in stack or [directory]:
             name = "/".join(folder.resolve().parts[-3 if stack else -2 :])
-            adapters.append({"name": name} | adapter_of(folder, model, dtype))
+            adapters.append({"name": name} | packed_adapter(folder, model, dtype))
         if stack:
             adapters[-2]["partner"] = len(adapters) - 1
     names = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
-    filled = {
-        "config": asdict(model.config), "n_base": n_base, "bits": torch.finfo(dtype).bits,
-        "vocab": [name.decode("latin-1") for name in names],  # a character for each byte
-        "weights": {name: packed(weight, dtype) for name, weight in model.state_dict().items()},
-        "adapters": adapters, "examples": examples,
-    }  # fmt: skip
-    numbers = json.dumps(filled).replace("<", r"\u003c")  # no text in it may end the script
-    here = Path(__file__)
-    script = here.with_suffix(".js").read_text(encoding="utf-8")
-    html = here.with_suffix(".html").read_text(encoding="utf-8")
-    html = html.replace(' src="playground.js">', f">\n{script}")
-    return html.replace('type="application/json">', f'type="application/json">{numbers}')
+    numbers = {"config": asdict(model.config), "n_base": n_base, "bits": torch.finfo(dtype).bits}
+    numbers["vocab"] = [name.decode("latin-1") for name in names]  # a character for each byte
+    numbers["weights"] = {name: packed(p, dtype) for name, p in model.state_dict().items()}
+    numbers |= {"adapters": adapters, "examples": examples}
+    filled = json.dumps(numbers).replace("<", r"\u003c")  # no text in it may end the script
+    script = Path(__file__).with_suffix(".js").read_text("utf-8")
+    html = Path(__file__).with_suffix(".html").read_text("utf-8")
+    return html.replace(' src="playground.js">', f">\n{script}").replace('type="application/json">', f'type="application/json">{filled}')
 
 
 def main(argv: list[str] | None = None) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description="A page to play with")
     parser.add_argument("adapter", nargs="+", help="a trained adapter, or the folder of a stack")
     parser.add_argument("--base", default=DEFAULT_BASE, help="theirs (default: out/base)")
     parser.add_argument("--out", type=Path, default=Path("out/playground.html"))
