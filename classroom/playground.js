@@ -10,7 +10,6 @@ const range = (n) => [...Array(n).keys()];
 const D = C / H, layers = range(L), heads = range(H);
 
 // ---- The numbers: base64 -> rows of floats
-
 function half(bits) { // float16: 1 bit is the sign, 5 are the exponent, 10 the fraction
   const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
   return sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
@@ -21,7 +20,6 @@ function matrix({ width, data }) {
     : Float32Array.from(new Uint16Array(buffer), half);
   return range(floats.length / width).map((i) => floats.subarray(i * width, (i + 1) * width));
 }
-
 const model = {}; // "h.0.attn.c_attn.weight" becomes model.h[0].attn.c_attn.weight
 for (const [name, tensor] of Object.entries(page.weights)) {
   const path = name.split("."), last = path.pop();
@@ -29,7 +27,6 @@ for (const [name, tensor] of Object.entries(page.weights)) {
 }
 
 // ---- The tokenizer: GPT-2's words, then the pair of lowest rank is merged, until none is left
-
 // GPT-2's pattern, except that JavaScript's \s is not Unicode's white space
 const WORD = /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+/.source +
   /|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/.source;
@@ -52,7 +49,6 @@ function decode(ids) {
 }
 
 // ---- model.py
-
 function dot(a, b, start = 0, end = a.length) {
   let sum = 0;
   for (let i = start; i < end; i++) sum += a[i] * b[i];
@@ -77,20 +73,17 @@ function softmax(scores) {
 /** (T, C) queries, (S, C) keys and values -> (T, C), and who looks at whom: T · H lists. */
 function attend(q, k, v) {
   const P = k.length - q.length;
+  const y = q.map(() => new Float32Array(C));
   const looks = q.map((query, t) => heads.map((h) => {
-    const seen = k.slice(0, P + t + 1); // query t looks at the keys 0 … P + t
-    return softmax(seen.map((key) => dot(query, key, h * D, h * D + D) / Math.sqrt(D)));
+    const seen = k.slice(0, P + t + 1), start = h * D, end = h * D + D; // no later keys
+    const shares = softmax(seen.map((key) => dot(query, key, start, end) / Math.sqrt(D)));
+    shares.forEach((share, s) => {
+      for (let i = start; i < end; i++) y[t][i] += share * v[s][i];
+    });
+    return shares;
   }));
-  const y = looks.map((by_head) => {
-    const row = new Float32Array(C);
-    by_head.forEach((shares, h) => shares.forEach((share, s) => {
-      for (let i = h * D; i < h * D + D; i++) row[i] += share * v[s][i];
-    }));
-    return row;
-  });
   return [y, looks];
 }
-
 function attention({ c_attn, c_proj }, x, past) {
   const qkv = linear(x, c_attn);
   const [q, k, v] = [0, C, 2 * C].map((start) => qkv.map((row) => row.subarray(start, start + C)));
@@ -98,7 +91,6 @@ function attention({ c_attn, c_proj }, x, past) {
   const [y, looks] = attend(q, kv.k, kv.v);
   return [linear(y, c_proj), kv, looks];
 }
-
 const mlp = ({ c_fc, c_proj }, x) => linear(gelu(linear(x, c_fc)), c_proj);
 const no_past = layers.map(() => ({ k: [], v: [] }));
 const n_past = (past_kv) => Math.max(...past_kv.map(({ k }) => k.length)); // a layer may lack it
@@ -117,57 +109,49 @@ function forward_embeddings(x, past_kv) {
   });
   return { hidden: layer_norm(x, model.ln_f), cache, looks };
 }
-
 function forward(idx, past_kv) {
   const wte = model.wte.weight;
   const { hidden, cache, looks } = forward_embeddings(idx.map((id) => wte[id]), past_kv);
   return { logits: hidden.map((row) => wte.map((vector) => dot(vector, row))), cache, looks };
 }
 
-// ---- prefix.py and soft_prompt.py, with knobs
-
+// ---- prefix.py and soft_prompt.py, with the page's knobs
+const value = (id) => Number($(id).value);
 /** -> which of an adapter's virtual tokens are used, in their order. */
-function chosen(adapter, { kept, order }) {
-  const numbers = range(Math.min(kept, adapter.n_virtual));
-  return order ? numbers.sort((i, j) => order[i] - order[j]) : numbers;
+function chosen(adapter) {
+  const numbers = range(Math.min(value("kept"), adapter.n_virtual));
+  return view.order ? numbers.sort((i, j) => view.order[i] - view.order[j]) : numbers;
 }
 
 /** -> a cache with the adapter's virtual tokens behind past_kv, in the layers that get them. */
-function adapter_past_kv(adapter, past_kv, knobs) {
-  const all = matrix(adapter.frames[Math.max(adapter.frames.length - 1 - knobs.back, 0)]);
-  const rows = chosen(adapter, knobs).map((i) => all[i]), P = rows.length;
+function adapter_past_kv(adapter, past_kv) {
+  const back = $("frame").max - value("frame"); // frames before the last one
+  const all = matrix(adapter.frames[Math.max(adapter.frames.length - 1 - back, 0)]);
+  const rows = chosen(adapter).map((i) => all[i]), P = rows.length;
   if (P === 0) return past_kv;
   const part = (i) => rows.map((row) => row.subarray(i * C, (i + 1) * C));
   const cache = adapter.kind === "Prefix"
     ? layers.map((l) => ({ k: part(2 * l), v: part(2 * l + 1) })) // learned: (P, L · 2 · C)
     : forward_embeddings(rows, past_kv).cache; // computed from learned inputs: (P, C)
   const times = (x, factor) => x.slice(-P).map((row) => row.map((n) => n * factor));
-  return past_kv.map(({ k, v }, l) => knobs.layers[l] ? {
-    k: [...k, ...times(cache[l].k, knobs.keys)], v: [...v, ...times(cache[l].v, knobs.values)],
+  return past_kv.map(({ k, v }, l) => $("layers").children[l].checked ? {
+    k: [...k, ...times(cache[l].k, value("keys"))],
+    v: [...v, ...times(cache[l].v, value("values"))],
   } : { k, v });
 }
 
 // ---- The page: two readers of one text, without and with adapters, write what is likeliest
-
 const readers = { off: null, on: null };
 const changed = new Set(); // the readers that must read anew
-const view = { chain: [], order: null, picked: null, layer: 0, head: null, playing: true };
-
+const view = { chain: [], order: null, picked: null, layer: L - 1, head: null, playing: true };
 const readable = (id) => id === END ? "end of text" : decode([id]).replaceAll("\n", "↵");
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const largest = (numbers) => numbers.indexOf(Math.max(...numbers));
-const value = (id) => Number($(id).value);
 function element(tag, text, share = 0, properties = {}) {
   const made = Object.assign(document.createElement(tag), { textContent: text, ...properties });
   made.style.setProperty("--share", share); // drawn as a bar or a shade, see playground.html
   return made;
 }
-function knobs_now() {
-  const layers = [...$("layers").querySelectorAll("input")].map((box) => box.checked);
-  const back = $("frame").max - value("frame"), [kept, keys, values] = ["kept", "keys", "values"].map(value);
-  return { back, kept, keys, values, layers, order: view.order };
-}
-
 function read(reader, ids) {
   const { logits, cache, looks } = forward(ids, reader.cache);
   reader.ids.push(...ids);
@@ -177,10 +161,10 @@ function read(reader, ids) {
 }
 function new_reader(chain) {
   const ids = [...encode($("text").value), ...encode("\n")]; // an answer begins behind a line break
-  const knobs = knobs_now(), rows = chain.flatMap((adapter) => chosen(adapter, knobs));
+  const rows = chain.flatMap(chosen);
   const reader = { T: ids.length, rows, ids: [], logits: [], looks: layers.map(() => []), end: "" };
   if (rows.length + ids.length > block_size) return null;
-  reader.cache = chain.reduce((past, adapter) => adapter_past_kv(adapter, past, knobs), no_past);
+  reader.cache = chain.reduce((past, adapter) => adapter_past_kv(adapter, past), no_past);
   read(reader, ids);
   return reader;
 }
@@ -198,7 +182,6 @@ function change(...names) {
   if (changed.size === 0) requestAnimationFrame(refresh); // however fast a slider moves
   names.forEach((name) => changed.add(name));
 }
-
 const writing = () => Object.values(readers).filter((reader) => reader && !reader.end);
 function write_token() {
   clearTimeout(view.timer);
@@ -229,11 +212,8 @@ function look_of(t, layer = view.layer, head = view.head) {
 function likeliest(reader) {
   const t = at(reader), p = softmax(reader.logits[t]);
   const best = [...p.keys()].sort((i, j) => p[j] - p[i]).slice(0, 10);
-  return [element("p", `after «${readable(reader.ids[t])}»`), ...best.map((id) => {
-    const row = element("div", readable(id), p[id], { className: "bar" });
-    row.append(element("span", percent(p[id])));
-    return row;
-  })];
+  return [element("p", `after «${readable(reader.ids[t])}»`), ...best.map((id) =>
+    element("div", readable(id), p[id], { className: "bar", title: percent(p[id]) }))];
 }
 function show() {
   for (const [name, reader] of Object.entries(readers)) {
@@ -248,7 +228,8 @@ function show_attention({ ids, T, rows, end }) {
   const here = at({ ids, T, end }), [virtual, text] = look_of(here), most = largest(text);
   const of = view.head === null ? "all heads" : `head ${view.head + 1}`;
   $("reading").textContent = `«${readable(ids[here])}» in layer ${view.layer + 1}, ${of}: ` +
-    `a₀ is ${percent(total(virtual))}. It reads «${readable(ids[most])}» most, ${percent(text[most])}.`;
+    `a₀, the share of the virtual tokens, is ${percent(total(virtual))}. ` +
+    `Of the text, «${readable(ids[most])}» gets most, ${percent(text[most])}.`;
   const shade = (share) => Math.sqrt(share ?? 0); // so that small shares show too
   const kind = (t) => `${t < T ? "text" : "written"} ${t === here ? "picked" : ""}`;
   $("tokens").replaceChildren(
@@ -262,11 +243,11 @@ function show_attention({ ids, T, rows, end }) {
     const ariaPressed = layer === view.layer && head === view.head;
     const onclick = () => { Object.assign(view, { layer, head }); show(); };
     const name = head === null ? `layer ${layer + 1}: ` : "";
-    return element("button", name + percent(a0), a0, { ariaPressed, onclick });
+    return element("button", name + percent(a0), shade(a0), { ariaPressed, onclick });
   })));
   // The map: a pixel for each pair of tokens, and an empty column between virtual tokens and text
   const map = $("map"), canvas = map.getContext("2d"), P = rows.length + 1;
-  const [violet, blue] = ["--on", "--text"].map((name) => getComputedStyle(map).getPropertyValue(name));
+  const colours = getComputedStyle(map);
   Object.assign(map, { width: P + ids.length, height: ids.length });
   const paint = (x, y, width, share, colour) => {
     canvas.globalAlpha = shade(share);
@@ -276,17 +257,15 @@ function show_attention({ ids, T, rows, end }) {
   paint(0, here, map.width, 0.05, "gray");
   for (const t of ids.keys()) {
     const [virtual, text] = look_of(t);
-    virtual.forEach((share, s) => paint(s, t, 1, share, violet));
-    text.forEach((share, s) => paint(P + s, t, 1, share, blue));
+    virtual.forEach((share, s) => paint(s, t, 1, share, colours.getPropertyValue("--on")));
+    text.forEach((share, s) => paint(P + s, t, 1, share, colours.getPropertyValue("--text")));
   }
 }
-
 function pick(t) {
   if (t === view.picked) return; // what is drawn anew comes under the pointer anew
   view.picked = t;
   show();
 }
-
 function choose(first, second = page.adapters[first].partner ?? -1) { // partners in a stack
   $("first").value = first;
   $("second").value = second;

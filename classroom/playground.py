@@ -40,12 +40,11 @@ def packed_adapter(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, An
     (adapter,) = load_adapters(folder, model)
     rows = adapter.kv().flatten(1) if isinstance(adapter, Prefix) else adapter.vectors
     film = folder / "film.safetensors"
-    found = read_tensors(film) if film.exists() else {}
-    frames = {f"step {step}": found[step].view_as(rows) for step in sorted(found, key=int)}
+    kept = read_tensors(film) if film.exists() else {}
+    frames = {f"step {step}": kept[step].view_as(rows) for step in sorted(kept, key=int)}
     frames["as saved"] = rows
-    packs = [packed(frame, dtype) for frame in frames.values()]
-    name = type(adapter).__name__
-    return {"kind": name, "n_virtual": len(rows), "steps": list(frames), "frames": packs}
+    found = {"kind": type(adapter).__name__, "n_virtual": len(rows), "steps": list(frames)}
+    return found | {"frames": [packed(frame, dtype) for frame in frames.values()]}
 
 
 def inputs_of(folder: Path, n: int, seed: int) -> list[str]:
@@ -81,7 +80,8 @@ def page_of(base: str | Path, directories: list[str], dtype: torch.dtype = torch
     filled = json.dumps(numbers).replace("<", r"\u003c")  # no text in it may end the script
     script = Path(__file__).with_suffix(".js").read_text("utf-8")
     html = Path(__file__).with_suffix(".html").read_text("utf-8")
-    return html.replace(' src="playground.js">', f">\n{script}").replace('type="application/json">', f'type="application/json">{filled}')
+    html = html.replace(' src="playground.js">', f">\n{script}")
+    return html.replace('type="application/json">', f'type="application/json">{filled}')
 
 
 def main(argv: list[str] | None = None) -> None:

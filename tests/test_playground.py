@@ -279,7 +279,7 @@ def test_keys_and_values_scaled(page: Browser, world: World, keys: float, values
 @needs_browser
 def test_a_layer_without(page: Browser, world: World):
     """A layer whose box is empty sees no virtual tokens; the text stays where it was, behind P positions."""
-    page.js('$("layers").querySelectorAll("input")[1].click()')
+    page.js('$("layers").children[1].click()')
     page.settle()
     model, ids = world.model, torch.tensor([source_ids(world.tokenizer, page.js('$("text").value'))])
     x = model.place(model.wte(ids), 5)
