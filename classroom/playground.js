@@ -236,10 +236,10 @@ function show_attention({ ids, T, rows, end }) {
     ...rows.map((row, s) => element("span", row + 1, shade(virtual[s]), { className: "virtual" })),
     ...ids.map((id, t) =>
       element("span", readable(id), shade(text[t]), { className: kind(t), value: t })));
-  // The table of a₀, layers by heads: the mean over all tokens
+  // The table of a₀, layers by heads: the mean over the text, without the answer
   $("shares").style.setProperty("--heads", H);
   $("shares").replaceChildren(...layers.flatMap((layer) => [null, ...heads].map((head) => {
-    const a0 = total(ids.map((_, t) => total(look_of(t, layer, head)[0]))) / ids.length;
+    const a0 = total(range(T).map((t) => total(look_of(t, layer, head)[0]))) / T;
     const ariaPressed = layer === view.layer && head === view.head;
     const onclick = () => { Object.assign(view, { layer, head }); show(); };
     const name = head === null ? `layer ${layer + 1}: ` : "";

@@ -1,9 +1,8 @@
-"""The page to play with, in a real browser: a second reading of the method, whose logits equal torch's.
+"""The page to play with, in a real browser: a second reading of the method, equal to torch's.
 
-Chromium is spoken to over its debugging pipe, so that no driver is needed. Without it, these tests are skipped.
+Chromium is spoken to over its debugging pipe, so no driver is needed. Without it, we skip.
 """
 
-import base64
 import json
 import os
 import random
@@ -11,11 +10,11 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import playground
 import pytest
 import torch
 from common import attention
@@ -23,9 +22,7 @@ from conftest import random_model, write_jsonl
 from playground import main, page_of
 from torch import Tensor
 
-import playground
 from data import Example, source_ids
-from llama import Llama
 from model import GPT, GPTConfig, KVCache
 from prefix import Prefix
 from small_base.pretrain import train_bpe
@@ -35,32 +32,61 @@ from storage.files import write_json, write_tensors
 from storage.tokenizers import load_tokenizer, save_tokenizer
 from train import stacked_past_kv
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --remote-debugging-pipe"
-WORDS = ["The", " Palace", " serves", " Thai", "'s", "'ll", "é", " ü", "漢", "字", "🙂", " 12", "345", " :", "|", "\n"]
-WORDS += [" ", "  ", "\t", "\u0085", "\ufeff", "\u00a0", "\u2028", "ﬁ", "e\u0301", "½", "<", "</script>", "<|endoftext|>", "\\"]
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+FLAGS += "--disable-background-networking --disable-component-update --remote-debugging-pipe"
+WORDS = (
+    "The| Palace| serves| Thai|'s|'t|'ll|'ve|'re|eeeee|tt|é| ü|漢|字|🙂| 12|345| :|ﬁ|½|<|\\".split(
+        "|"
+    )
+)
+WORDS += [
+    "|",
+    "\n",
+    " ",
+    "  ",
+    "\t",
+    "\u0085",
+    "\ufeff",
+    "\u00a0",
+    "\u2028",
+    "e\u0301",
+    "<|endoftext|>",
+]
 
 
 class Browser:
     """One Chromium with one page."""
 
     def __init__(self, profile: Path):
-        (its_input, self.output), (self.input, its_output) = os.pipe(), os.pipe()
-        start = f'exec "$@" 3<&{its_input} 4>&{its_output}'  # where --remote-debugging-pipe reads and writes
-        command = ["bash", "-c", start, "bash", CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}"]
-        self.process = subprocess.Popen(command, pass_fds=(its_input, its_output), stderr=subprocess.DEVNULL)
+        its_input, self.output = os.pipe()
+        self.input, its_output = os.pipe()
+        start = f'exec "$@" 3<&{its_input} 4>&{its_output}'  # its pipe
+        command = [
+            "bash",
+            "-c",
+            start,
+            "bash",
+            CHROMIUM,
+            *FLAGS.split(),
+            f"--user-data-dir={profile}",
+        ]
+        self.process = subprocess.Popen(
+            command, pass_fds=(its_input, its_output), stderr=subprocess.DEVNULL
+        )
         os.close(its_input)
         os.close(its_output)
         self.sent, self.unread, self.events, self.session = 0, b"", [], {}
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol -> its result. What else is reported goes to `events`."""
+        """A command of the DevTools protocol -> its result. Other reports go to `events`."""
         self.sent += 1
         message = {"id": self.sent, "method": method, "params": params} | self.session
         os.write(self.output, json.dumps(message).encode() + b"\0")
@@ -79,7 +105,9 @@ class Browser:
         return json.loads(message)
 
     def js(self, code: str) -> Any:
-        found = self.send("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        found = self.send(
+            "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -100,7 +128,8 @@ class Browser:
     def turn(self, name: str, value: float) -> None:
         """Moves a slider or chooses in a list."""
         event = "change" if name in ("first", "second") else "input"
-        self.js(f'$("{name}").value = {value}; $("{name}").dispatchEvent(new Event("{event}", {{ bubbles: true }}))')
+        self.js(f'$("{name}").value = {value}')
+        self.js(f'$("{name}").dispatchEvent(new Event("{event}", {{ bubbles: true }}))')
         self.settle()
 
     def write(self, text: str) -> None:
@@ -111,7 +140,7 @@ class Browser:
 
     def logits(self, reader: str) -> Tensor:
         """-> (T, V) those of the text, of the reader "on" or "off"."""
-        return torch.tensor(self.js(f"readers.{reader}.logits.slice(0, readers.{reader}.T).map((row) => [...row])"))
+        return torch.tensor(self.js(f"readers.{reader}.logits.slice(0, readers.{reader}.T)"))
 
     def complaints(self) -> list[dict[str, Any]]:
         """-> errors in the console, and whatever was asked of a network."""
@@ -121,15 +150,20 @@ class Browser:
             params, method = event.get("params", {}), event.get("method")
             if method in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
                 found.append(event)
-            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith("file:"):
+            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+                "file:"
+            ):
                 found.append(event)
         return found
 
     def show(self, width: int, height: int, scheme: str) -> None:
-        """Sets the size of the window, below 500 that of a phone, and the colours, light or dark."""
+        """Sets the size of the window, below 500 that of a phone, and the colours."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.send("Emulation.setDeviceMetricsOverride", **size)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
 
     def close(self) -> None:
         self.send("Browser.close")
@@ -152,7 +186,8 @@ class World:
         rng = random.Random(0)
         merges = train_bpe(["".join(rng.choices(WORDS, k=4000))], 60)
         self.directory, self.base = directory, directory / "base"
-        model, generator = GPT(GPTConfig(257 + len(merges), 64, 3, 2, 16)), torch.Generator().manual_seed(0)
+        model = GPT(GPTConfig(257 + len(merges), 64, 3, 2, 16))
+        generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             gain = float("ln_" in name and "weight" in name)
             parameter.data = gain + 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -160,15 +195,17 @@ class World:
         save_tokenizer(self.base, merges)
         save_base(model, self.base)
         self.model, self.tokenizer = load_base(self.base).freeze(), load_tokenizer(self.base)
-        rows = torch.randn(5, 3, 2, 2, 8, generator=generator), torch.randn(4, 16, generator=generator)
-        self.prefix, self.prompt = Prefix(rows[0]), SoftPrompt(rows[1])
+        self.prefix = Prefix(torch.randn(5, 3, 2, 2, 8, generator=generator))
+        self.other = Prefix(torch.randn(2, 3, 2, 2, 8, generator=generator))
+        self.prompt = SoftPrompt(torch.randn(4, 16, generator=generator))
         self.film = torch.randn(2, 5, 3, 2, 2, 8, generator=generator)
         self.prefix.save(directory / "prefix", self.model)
-        write_tensors(directory / "prefix" / "film.safetensors", {"10": self.film[1], "9": self.film[0]})
-        write_jsonl(directory / "mine.jsonl", [Example("The Palace serves", "")])
+        frames = {"10": self.film[1], "9": self.film[0]}
+        write_tensors(directory / "prefix" / "film.safetensors", frames)
+        write_jsonl(directory / "mine.jsonl", [Example("The Palace serves </script>", "")])
         write_json(directory / "prefix" / "training.json", {"data": str(directory / "mine.jsonl")})
         self.prompt.save(directory / "prompt", self.model)
-        self.prefix.save(directory / "both" / "prefix", self.model)
+        self.other.save(directory / "both" / "prefix", self.model)
         self.prompt.save(directory / "both" / "soft_prompt", self.model)
         self.adapters = [str(directory / name) for name in ("prefix", "prompt", "both")]
 
@@ -206,7 +243,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
 
 @needs_browser
 def test_same_ids(page: Browser, world: World):
-    """Any text has the ids in the page that it has in Python, strange spaces and letters included."""
+    """Any text has the ids that it has in Python, strange spaces and letters included."""
     some = texts(200, words=30)
     found = page.js(f"{json.dumps(some)}.map((text) => [...encode(text), ...encode('\\n')])")
     assert found == [source_ids(world.tokenizer, text) for text in some]
@@ -223,9 +260,17 @@ def test_half_precision_unpacks_exactly(page: Browser):
 
 
 @needs_browser
+def test_same_gelu(page: Browser):
+    """The activation is torch's, to the last digit of its constants."""
+    x = torch.linspace(-5, 5, 101)
+    found = torch.tensor(page.js(f"gelu([new Float32Array({x.tolist()})]).map((row) => [...row])"))
+    assert close(found[0], torch.nn.functional.gelu(x, approximate="tanh"), tolerance=1e-6)
+
+
+@needs_browser
 @pytest.mark.parametrize("first, second", [(0, -1), (1, -1), (0, 1), (1, 0), (0, 0)])
 def test_same_logits(page: Browser, world: World, first: int, second: int):
-    """Behind a prefix, a soft prompt or two of them in either order, and without, the logits are torch's."""
+    """The logits are torch's, without an adapter, behind one, and behind two in either order."""
     page.turn("first", first)
     page.turn("second", second)
     chain = [(world.prefix, world.prompt)[i] for i in (first, second) if i >= 0]
@@ -252,16 +297,18 @@ def test_a_stack_comes_as_one(page: Browser, world: World):
     """Who chooses the first adapter of a stack gets the second behind it."""
     page.turn("first", 2)
     page.write("The Palace")
-    both = stacked_past_kv([world.prefix, world.prompt], world.model)
+    both = stacked_past_kv([world.other, world.prompt], world.model)
     assert close(page.logits("on"), world.logits("The Palace", both))
 
 
 @needs_browser
 def test_tokens_kept(page: Browser, world: World):
-    """With two virtual tokens kept, the page reads behind the first two; with none, as without an adapter."""
+    """With two virtual tokens kept, only the first two act; with none, there is no adapter."""
     page.turn("kept", 2)
     text = page.js('$("text").value')
-    assert close(page.logits("on"), world.logits(text, Prefix(world.prefix.kv()[:2]).past_kv(world.model)))
+    assert close(
+        page.logits("on"), world.logits(text, Prefix(world.prefix.kv()[:2]).past_kv(world.model))
+    )
     page.turn("kept", 0)
     assert torch.equal(page.logits("on"), page.logits("off"))
 
@@ -277,11 +324,52 @@ def test_keys_and_values_scaled(page: Browser, world: World, keys: float, values
 
 
 @needs_browser
+def test_values_do_not_draw_attention(page: Browser):
+    """Without values, the first layer looks at the prefix as before, later ones do not."""
+    look = "range(readers.on.T).map((t) => look_of(t, l, null)[0])"
+    shares = f"layers.map((l) => JSON.stringify({look}))"
+    before = page.js(shares)
+    page.turn("values", 0)
+    assert [a == b for a, b in zip(before, page.js(shares))] == [True, False, False]
+
+
+@needs_browser
+def test_without_keys_all_virtual_tokens_are_alike(page: Browser):
+    """Keys of zero score zero with every query, so each virtual token gets the same share of it."""
+    page.turn("keys", 0)
+    looks = "layers.flatMap((l) => range(readers.on.T).map((t) => look_of(t, l, 0)[0]))"
+    for shares in page.js(looks):
+        assert shares == [pytest.approx(shares[0])] * 5
+
+
+@needs_browser
+def test_two_prefixes_swap_places(page: Browser):
+    """Which of two prefixes stands in front makes no difference."""
+    page.turn("second", 2)
+    before = page.logits("on")
+    page.js('$("swap").click()')
+    page.settle()
+    assert page.js('[$("first").value, $("second").value]') == ["2", "0"]
+    assert close(page.logits("on"), before)
+
+
+@needs_browser
+def test_no_layer(page: Browser):
+    """In no layer at all, an adapter does nothing, and takes no positions either."""
+    page.js('for (const box of $("layers").children) box.click()')
+    page.settle()
+    assert torch.equal(page.logits("on"), page.logits("off"))
+
+
+@needs_browser
 def test_a_layer_without(page: Browser, world: World):
-    """A layer whose box is empty sees no virtual tokens; the text stays where it was, behind P positions."""
+    """A layer whose box is empty sees no virtual tokens. The text stays behind P positions."""
     page.js('$("layers").children[1].click()')
     page.settle()
-    model, ids = world.model, torch.tensor([source_ids(world.tokenizer, page.js('$("text").value'))])
+    model, ids = (
+        world.model,
+        torch.tensor([source_ids(world.tokenizer, page.js('$("text").value'))]),
+    )
     x = model.place(model.wte(ids), 5)
     for layer, (block, past) in enumerate(zip(model.h, world.prefix.past_kv(model))):
         x, _ = block(x, None if layer == 1 else past)
@@ -290,9 +378,9 @@ def test_a_layer_without(page: Browser, world: World):
 
 @needs_browser
 def test_shuffled(page: Browser, world: World):
-    """Shuffled rows of a prefix change nothing. Those of a soft prompt give the logits of that other sequence."""
+    """Shuffled, a prefix is what it was, and a soft prompt is another sequence."""
     before = page.logits("on")
-    page.js("Math.random = () => (seed = (seed * 5 + 3) % 16); var seed = 1")  # 8, 11, 10, 5, 12, …: not their order
+    page.js("Math.random = () => (seed = (seed * 5 + 3) % 16); var seed = 1")  # not in order
     page.js('$("shuffle").click()')
     page.settle()
     assert page.js("readers.on.rows") == [3, 0, 2, 1, 4]
@@ -308,7 +396,7 @@ def test_shuffled(page: Browser, world: World):
 
 @needs_browser
 def test_film(page: Browser, world: World):
-    """The slider goes through the steps that were kept, in the order of training, up to the adapter as it was saved."""
+    """The slider goes through the steps that were kept, up to the adapter as it was saved."""
     text = page.js('$("text").value')
     frames = {"step 9": world.film[0], "step 10": world.film[1], "as saved": world.prefix.kv()}
     assert page.js('$("frame").value') == "2"
@@ -320,7 +408,7 @@ def test_film(page: Browser, world: World):
 
 @needs_browser
 def test_writes_the_greedy_answer(page: Browser, world: World):
-    """«One token» adds the likeliest to both answers, and in the end they are what `generate` gives, room by room."""
+    """«One token» adds the likeliest to both answers; in the end they are what `generate` gives."""
     page.write("The Palace")
     T = page.js("readers.on.T")
     page.js('$("step").click(); $("step").click()')
@@ -328,9 +416,15 @@ def test_writes_the_greedy_answer(page: Browser, world: World):
     page.js("while (writing().length) write_token()")
     for reader, past_kv in {"off": None, "on": world.prefix.past_kv(world.model)}.items():
         P = past_kv[0][0].size(2) if past_kv else 0
-        idx, end = torch.tensor([source_ids(world.tokenizer, "The Palace")]), world.tokenizer.eot_token
+        idx, end = (
+            torch.tensor([source_ids(world.tokenizer, "The Palace")]),
+            world.tokenizer.eot_token,
+        )
         answer = world.model.generate(idx, 64 - P - T, past_kv, stop_token=end)[0].tolist()
-        assert page.js(f"readers.{reader}.ids") == answer[: answer.index(end) if end in answer else None]
+        assert (
+            page.js(f"readers.{reader}.ids")
+            == answer[: answer.index(end) if end in answer else None]
+        )
 
 
 @needs_browser
@@ -347,11 +441,11 @@ def test_plays_and_stops(page: Browser):
 
 @needs_browser
 def test_who_looks_at_whom(page: Browser, world: World):
-    """A token under the mouse, in a head that was clicked on, says what torch says: how much goes to the prefix."""
+    """A token under the mouse says, for the head clicked on, how much torch gives the prefix."""
     page.write("The Palace serves")
-    page.js('$("shares").children[2 * 3 + 1].click()')  # layer 3, head 1: each layer has its mean and two heads
-    place = page.js('(({ x, y }) => ({ x: x + 3, y: y + 3 }))($("tokens").children[5 + 1].getBoundingClientRect())')
-    page.send("Input.dispatchMouseEvent", type="mouseMoved", **place)
+    page.js('$("shares").children[2 * 3 + 1].click()')  # a layer has its mean and two heads
+    corner = page.js('$("tokens").children[5 + 1].getBoundingClientRect().toJSON()')
+    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=corner["x"] + 3, y=corner["y"] + 3)
     ids = torch.tensor([source_ids(world.tokenizer, "The Palace serves")])
     shares = attention(world.model, ids, world.prefix.past_kv(world.model))[2, 0, 0, 1]  # (S,)
     said = page.js('$("reading").textContent')
@@ -363,7 +457,7 @@ def test_who_looks_at_whom(page: Browser, world: World):
 
 @needs_browser
 def test_too_long_a_text(page: Browser):
-    """A text that does not fit behind the virtual tokens is read without them; a sentence says what to do."""
+    """A text that does not fit behind the virtual tokens is read without; a sentence says why."""
     page.write("|é" * 30)
     assert "shorten the text" in page.js('$("problem").textContent')
     assert page.js("[readers.on, readers.off.T]") == [None, page.js("readers.off.T")]
@@ -399,18 +493,3 @@ def test_command(world: World, tmp_path: Path):
     """The command writes one file, in float16."""
     main([*world.adapters, "--base", str(world.base), "--out", str(tmp_path / "page.html")])
     assert '"bits": 16' in (tmp_path / "page.html").read_text()
-
-
-if __name__ == "__main__":  # python tests/test_playground.py out/playground.html docs: the README's pictures
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as profile:
-        browser = Browser(Path(profile))
-        browser.open(Path(sys.argv[1]).resolve())
-        browser.js("while (writing().length) write_token()")
-        for scheme in ("light", "dark"):
-            browser.show(880, 800, scheme)
-            browser.js("show()")
-            picture = browser.send("Page.captureScreenshot", format="png")["data"]
-            Path(sys.argv[2], f"playground-{scheme}.png").write_bytes(base64.b64decode(picture))
-        browser.close()
