@@ -3,7 +3,7 @@
     python classroom/playground.py out/sentence/prefix out/sentiment/soft_prompt
     python classroom/playground.py out/mine/both --base out/mine/base --out mine.html
 
-playground.html is the page, playground.js the model in it. They get their numbers here, in float16.
+playground.js is the page's model. Its numbers are float16, which moves logits by about 0.01.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from command.process import run_command, say
 from data import read_jsonl
 from model import GPT
 from prefix import Prefix
-from small_base.world import task_examples
+from small_base.world import TASKS, task_examples
 from storage.files import TRAINING, read_json, read_tensors, replace_file
 
 MOST = 20_000_000  # numbers of a base: 53 MB of HTML
@@ -48,10 +48,11 @@ def packed_adapter(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, An
 
 
 def inputs_of(folder: Path, n: int, seed: int) -> list[str]:
-    """-> n inputs of the task that an adapter was trained for."""
-    found = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {"task": "sentence"}
+    """-> n inputs of the task that an adapter was trained for, if that is known."""
+    found = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
+    task = found["task"] if found.get("task") in TASKS else "sentence"
     data = found.get("data")
-    examples = read_jsonl(data)[:n] if data else task_examples(found["task"], "test", n, seed)
+    examples = read_jsonl(data)[:n] if data else task_examples(task, "test", n, seed)
     return [example.input for example in examples]
 
 

@@ -489,6 +489,12 @@ def test_what_no_page_can_hold(world: World, tmp_path: Path, monkeypatch):
         page_of(world.base, world.adapters)
 
 
+def test_inputs(world: World):
+    """A page offers inputs of one's own data, or of a task where nothing else is known."""
+    assert playground.inputs_of(world.directory / "prefix", 3, 0) == ["The Palace serves </script>"]
+    assert len(playground.inputs_of(world.directory / "prompt", 3, 0)) == 3
+
+
 def test_command(world: World, tmp_path: Path):
     """The command writes one file, in float16."""
     main([*world.adapters, "--base", str(world.base), "--out", str(tmp_path / "page.html")])
