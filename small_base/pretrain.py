@@ -152,12 +152,12 @@ class Muon(torch.optim.Optimizer):
             directions = []
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                directions.append(p.grad.lerp(momentum, 0.95))
+                momentum.lerp_(p.grad, 0.2)  # a short memory, for a short training
+                directions.append(p.grad.lerp(momentum, 0.8))
             rows, columns = directions[0].shape
             scale = max(1, rows / columns) ** 0.5
             for p, update in zip(group["params"], orthogonal(torch.stack(directions))):
-                p.mul_(1 - 0.1 * group["lr"]).sub_(update, alpha=scale * group["lr"])
+                p.sub_(update, alpha=scale * group["lr"])
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -208,8 +208,8 @@ def pretrain(
     initialise(model)
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr / 3, (0.9, 0.99), weight_decay=0.0)]
-    peaks = [lr, lr / 3]
+    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
+    peaks = [lr, lr / 2]
     generator, progress = torch.Generator().manual_seed(seed), Progress(0, steps)
     for step in range(1, steps + 1):
         # a short warm-up, a plateau, and a straight line down over the last 30 %
