@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 from blank import EXERCISES  # noqa: E402
 
-import train  # noqa: E402
 from command.process import start_process  # noqa: E402
 from data import Example  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig  # noqa: E402
+from small_base import pretrain  # noqa: E402
 from small_base.world import task_examples  # noqa: E402
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
@@ -80,6 +80,6 @@ def write_jsonl(path: Path, examples: list[Example]) -> None:
 def base(tmp_path_factory) -> str:
     """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
     directory = tmp_path_factory.mktemp("base")
-    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
+    pretrain.main(["--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
     write_jsonl(directory / "forty.jsonl", task_examples("sentence", "train", 40, 0))
     return str(directory / "mini")
