@@ -31,6 +31,7 @@ from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.world import task_examples
 from storage.adapters import save_adapter
+from storage.checkpoints import entry_of
 from storage.files import TRAINING, check_place, check_predictions, write_json
 from train import evaluate, evaluate_frozen
 
@@ -64,7 +65,7 @@ def assess(
     check_lengths(examples, rows, model.config.block_size, n_virtual)
     frozen = tuned = evaluate_frozen(model, rows, args.batch_size)
     if adapters:
-        tuned = evaluate(model, adapters, rows, args.batch_size).entry()
+        tuned = entry_of(evaluate(model, adapters, rows, args.batch_size))
     scores = report(frozen, tuned)
     if args.predict:
         sources = [row.source for row in rows]

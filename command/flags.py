@@ -32,9 +32,9 @@ RECIPES = {
     "full": Recipe("train all weights", 0, 1.5e-3, 1e-4),
 }
 MOVED = {  # what train.py once did itself
-    "python -m small_base.pretrain": ("pretrain", "--corpus", "--sizes"),
+    "python -m small_base.pretrain": ("--method pretrain", "--corpus", "--sizes"),
     "python generate.py": (
-        "none", "--adapter", "--prompt", "--predict", "--export", "--temperature", "--top-k",
+        "--method none", "--adapter", "--prompt", "--predict", "--export", "--temperature", "--top-k",
     ),
 }  # fmt: skip
 
@@ -71,12 +71,11 @@ count, seed = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
 def train_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments -> the flags of train.py, a method's defaults filled in."""
     argv = sys.argv[1:] if argv is None else argv
-    for before, argument in zip(["", *argv], argv):
-        flag, _, value = argument.partition("=")
-        word = argument if before == "--method" else value if flag == "--method" else flag
-        for program, words in MOVED.items():
-            if word in words:
-                raise ValueError(f"{word} is not train.py's any more: see {program} --help")
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    for before, word in zip(["", *words], words):
+        for program, moved in MOVED.items():
+            for old in {word, f"{before} {word}"} & {*moved}:
+                raise ValueError(f"{old} is not train.py's any more: see {program} --help")
     parser = Parser(description)
     add = parser.add_argument_group("what to train").add_argument
     methods = "; ".join(f"{name}: {recipe.help}" for name, recipe in RECIPES.items())
