@@ -80,7 +80,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_whole(base, tmp_path, monk
     writes, fsync = [], os.fsync
     full = raising(OSError("No space left on device"))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "fsync", lambda f: full() if writes else writes.append(fsync(f)))
+        patch.setattr(os, "fsync", lambda file: full() if writes else writes.append(fsync(file)))
         run(base, *EVERY, "--out", tmp_path)
     assert set(files_in(tmp_path)) == {FILE}
     assert Checkpoint(tmp_path, {}, True, False).step == 2
@@ -93,7 +93,7 @@ REFUSED = {  # flags behind those of the interrupted run: the sentence
     "--resume --seed 1": "is of another run: seed 0, not 1",
     "--resume --method full": "is of another run: method prefix, not full",
     "--resume --chat": "is of another run: chat False, not True",
-    "--resume --data changed/forty.jsonl": "is of another run: it was trained on other examples: repeat",
+    "--resume --data changed/forty.jsonl": "is of another run: it was trained on other examples",
 }
 
 

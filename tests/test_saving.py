@@ -98,19 +98,6 @@ def test_what_comes_after_training_cannot_lose_it(base, tmp_path, monkeypatch, w
     assert one["adapter_model.safetensors"] == two["adapter_model.safetensors"]
 
 
-def test_a_console_that_fails_loses_nothing(base, tmp_path, monkeypatch):
-    """All files are written before anything is said of them."""
-
-    def say(text: str) -> None:
-        if text.startswith("saved to"):
-            raise OSError("Input/output error")
-
-    monkeypatch.setattr(command.models, "say", say)
-    with pytest.raises(OSError, match="Input/output error"):
-        run(base, "--out", tmp_path)
-    assert SAVED["prefix"] <= set(files_in(tmp_path))
-
-
 # ------------------------------------------------------------------------------- never replaced
 
 

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import command.process
 import train
 from command.models import load_examples, new_adapters
-from data import Row, batch_of, encode, read_jsonl, shuffled_batches
+from data import Row, batch_of, encode, shuffled_batches
 from prefix import Prefix
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
@@ -88,50 +88,31 @@ def test_training_moves_the_adapters_and_nothing_else(base):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_a_micro_batch_is_exact(model, size):
+def test_a_micro_batch_is_exact(model, size, monkeypatch):
     """Losses are sums over targets, so parts of a batch add up to the gradient of all of it."""
-    rows = [
-        Row(random_ids(1 + i, seed=i).tolist(), random_ids(5 - i, seed=9 + i).tolist())
-        for i in range(5)
-    ]
-    gradients, losses = [], []
+    sources = [random_ids(1 + i, seed=i).tolist() for i in range(5)]
+    rows = [Row(source, random_ids(6 - len(source)).tolist()) for source in sources]
+    gradients, sizes, loss_of = [], [], train.loss_of
+
+    def counted(model, batch, *others) -> torch.Tensor:
+        sizes.append(len(batch.idx))
+        return loss_of(model, batch, *others)
+
+    monkeypatch.setattr(train, "loss_of", counted)
     for micro_batch in (None, size):
         prefix = Prefix.text(model, random_ids(3))
         steps = plan(1, batch_size=5, micro_batch=micro_batch)
-        metrics = tune(model, [prefix], {"train": rows, "validation": rows}, steps)
+        tune(model, [prefix], {"train": rows, "validation": rows}, steps)
         gradients.append(prefix.start.grad)
-        losses.append(metrics[1]["loss"])
     assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_a_micro_batch_is_what_goes_through_the_model_at_once(base, tmp_path, monkeypatch):
-    sizes, loss_of = [], train.loss_of
-    monkeypatch.setattr(
-        train, "loss_of", lambda *given: sizes.append(len(given[1].idx)) or loss_of(*given)
-    )
-    run(base, "--micro-batch", "3", "--steps", "2", "--out", tmp_path)
-    assert sizes == [3, 1, 3, 1]
+    assert sizes == [5, *5 // size * [size], *[5 % size] * (5 % size > 0)]
 
 
 def test_the_same_seed_gives_the_same_numbers(base, tmp_path):
     """And another seed others."""
     flags = ["--init", "random", "--out"]
-    one, two, other = (
-        run(base, "--seed", seed, *flags, tmp_path / str(i))["curve"]
-        for i, seed in enumerate((3, 3, 4))
-    )
-    assert one == two != other
-
-
-@pytest.mark.slow
-def test_one_thread_and_two_agree_to_rounding(base, tmp_path):
-    threads, results = torch.get_num_threads(), []
-    for n in (1, 2):
-        torch.set_num_threads(n)
-        results.append(run(base, "--out", tmp_path / str(n)))
-    torch.set_num_threads(threads)
-    assert results[1]["loss_tuned"] == pytest.approx(results[0]["loss_tuned"], rel=1e-4)
+    curves = [run(base, "--seed", seed, *flags, tmp_path / str(seed))["curve"] for seed in (3, 4)]
+    assert run(base, "--seed", 3, *flags, tmp_path / "3")["curve"] == curves[0] != curves[1]
 
 
 # ---------------------------------------------------------------------------------------- starts
@@ -244,7 +225,9 @@ def test_a_loss_that_is_no_number_ends_the_run(base, tmp_path, monkeypatch, lr, 
 
 
 def test_nothing_is_evaluated_twice(base, tmp_path, monkeypatch):
-    """One's own validation and test rows are one list: the last look is the test."""
+    """One's own validation and test rows are one list, so the last look is the test."""
+    examples = load_examples("", forty(base), None, 0)
+    assert examples["test"] is examples["validation"] and len(examples["train"]) == 36
     calls = []
 
     def counted(model, adapters, rows, batch_size):
@@ -281,9 +264,8 @@ def test_rates_lie_a_factor_of_three_apart_and_go_on_beyond_an_edge(best, tried)
 def test_an_edge_that_is_better_by_a_hair_is_not_followed():
     """A hundredth of the loss is noise. A rate that diverged has an infinite loss."""
     assert len(search_rate(0.03, lambda rate: 2.0 if rate > 0.02 else 1.99)) == 3
-    assert sorted(search_rate(0.03, lambda rate: math.inf if rate > 0.02 else 1.0)) == [
-        0.0033, 0.01, 0.03, 0.09,
-    ]  # fmt: skip
+    losses = search_rate(0.03, lambda rate: math.inf if rate > 0.02 else 1.0)
+    assert sorted(losses) == [0.0033, 0.01, 0.03, 0.09]
     assert len(search_rate(0.03, lambda rate: math.inf)) == 3
 
 
@@ -302,15 +284,10 @@ def test_each_trial_of_a_rate_begins_anew(base, full, capsys):
         trained = copy.deepcopy(model)
         metrics = tune(trained, [] if full else begin(), rows, plan(2, lr=rate))
         assert loss == metrics[-1]["validation"]
+    assert math.inf in find_rate(begin, model, rows, plan(20), 3e37).values()  # it diverged
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("rate     three or more trainings of 2 steps")
     assert said[1] == f"rate     0.00033: validation loss {losses[0.00033]:.3f}"
-
-
-def test_a_rate_that_diverges_is_one_that_lost(base):
-    model = frozen(base)
-    losses = find_rate(lambda: [Prefix.random(model, 2)], model, rows_of(base), plan(20), 3e37)
-    assert math.inf in losses.values()
 
 
 def test_without_lr_a_search_runs_and_its_table_is_stored(base, tmp_path, capsys):
@@ -318,7 +295,7 @@ def test_without_lr_a_search_runs_and_its_table_is_stored(base, tmp_path, capsys
     record = train.main(without_lr(train_argv(base, "--steps", "5", "--out", tmp_path)))
     stored = json.loads((tmp_path / "training.json").read_text())
     rates = {float(rate): loss for rate, loss in stored["rates"].items()}
-    assert len(rates) >= 3 and {0.01, 0.03, 0.09} <= set(rates)
+    assert {0.01, 0.03, 0.09} <= set(rates)
     assert record["lr_used"] == stored["lr_used"] == min(rates, key=rates.get)
     assert stored["lr"] is None  # as the flags said
     said = capsys.readouterr().out
@@ -362,11 +339,6 @@ def test_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
     assert shown(monkeypatch, capsys, terminal, 10, 51) == expected
 
 
-def test_a_trial_says_nothing_in_a_pipe(monkeypatch, capsys):
-    assert shown(monkeypatch, capsys, False, 0, 20, n_lines=0) == []
-    assert len(shown(monkeypatch, capsys, True, 0, 20, n_lines=0)) > 2
-
-
 # ----------------------------------------------------------------------------- several processes
 
 
@@ -390,11 +362,9 @@ def test_what_the_second_of_two_processes_does(base, tmp_path, monkeypatch):
     prefix = Prefix.random(model, 3).reparametrise(2)
     checkpoint = Checkpoint(tmp_path, {}, False, False)
     tune(model, [prefix], rows, plan(2, eval_every=1), checkpoint)
-    parts = [
-        batch_of(step[1::2], model.device)
-        for step in islice(shuffled_batches(rows["train"], 4, 0), 2)
-    ]
-    assert [batch.idx.tolist() for batch in batches] == [part.idx.tolist() for part in parts]
+    steps = islice(shuffled_batches(rows["train"], 4, 0), 2)
+    parts = [batch_of(step[1::2], model.device).idx.tolist() for step in steps]
+    assert [batch.idx.tolist() for batch in batches] == parts
     shapes = [(), *(p.shape for p in prefix.parameters() if p.requires_grad)]
     assert [tensor.shape for tensor in handed_in] == 2 * shapes
     assert not files_in(tmp_path)
@@ -439,21 +409,3 @@ def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     assert [name for name in files_in(tmp_path) if not name.endswith(".new")] == [checkpoint]
 
 
-# ----------------------------------------------------------------------------------------- data
-
-
-def test_the_embedded_tasks_have_test_data_of_their_own():
-    """Train, validation and test examples share no record."""
-    examples = load_examples("reply", None, None, seed=2)
-    assert [len(examples[split]) for split in ("train", "validation", "test")] == [1000, 200, 500]
-    assert not set(examples["test"]) & {*examples["train"], *examples["validation"]}
-
-
-def test_of_ones_own_data_a_tenth_is_held_out(base):
-    """Or it is given. Either way it is validation and test at once, one list."""
-    examples = load_examples("", forty(base), None, 0)
-    assert len(examples["validation"]) == 4 and len(examples["train"]) == 36
-    assert examples["test"] is examples["validation"]
-    assert load_examples("", forty(base), None, 1)["test"] != examples["test"]
-    given = load_examples("", forty(base), forty(base), 0)
-    assert given["train"] == given["validation"] == given["test"] == read_jsonl(forty(base))
