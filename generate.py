@@ -1,9 +1,9 @@
 """Use what train.py trained: complete a prompt, evaluate on a file, or export for PEFT.
 
-    python generate.py --adapter out/sentence/prefix --prompt "name : …"          complete one input
-    python generate.py --adapter out/sentence/prefix --prompt -                   a dialogue, or stdin
-    python generate.py --adapter out/mine/prefix --data test.jsonl --predict answers.jsonl
-    python generate.py --adapter out/mine/both --export out/mine/one              a stack as one prefix
+    python generate.py --adapter out/sentence/prefix --prompt "name : …"      complete one input
+    python generate.py --adapter out/sentence/prefix --prompt -               a dialogue, or stdin
+    python generate.py --adapter out/mine/prefix --data test.jsonl --predict got.jsonl
+    python generate.py --adapter out/mine/both --export out/mine/one          a stack as one prefix
 """
 
 if __name__ == "__main__":
@@ -31,13 +31,14 @@ from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.world import task_examples
 from storage.adapters import save_adapter
-from storage.files import check_place, check_predictions
-from train import evaluate
+from storage.checkpoints import entry_of
+from storage.files import TRAINING, check_place, check_predictions, write_json
+from train import evaluate, evaluate_frozen
 
 
 def complete(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, template: Callable | None,
-    args: argparse.Namespace,
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
+    template: Callable | None, args: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """Prints the completion of each prompt -> the completions."""
     generator = torch.Generator(model.device).manual_seed(args.seed)
@@ -53,8 +54,8 @@ def complete(
 
 
 def assess(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, template: Callable | None,
-    args: argparse.Namespace,
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
+    template: Callable | None, args: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates on a file, or the test data of a task, with and without adapters -> the scores."""
     task = args.task or "sentence"
@@ -62,8 +63,9 @@ def assess(
     rows = encode(tokenizer, examples, template)
     n_virtual = past_length(stacked_past_kv(adapters, model))
     check_lengths(examples, rows, model.config.block_size, n_virtual)
-    frozen = evaluate(model, [], rows, args.batch_size)
-    tuned = evaluate(model, adapters, rows, args.batch_size) if adapters else frozen
+    frozen = tuned = evaluate_frozen(model, rows, args.batch_size)
+    if adapters:
+        tuned = entry_of(evaluate(model, adapters, rows, args.batch_size))
     scores = report(frozen, tuned)
     if args.predict:
         sources = [row.source for row in rows]
@@ -71,13 +73,15 @@ def assess(
         write_predictions(args.predict, examples, got)
         say(f"{len(got)} predictions in {args.predict}")
     else:
-        show_examples(model, adapters, tokenizer, examples, rows, tuned.exact)
+        show_examples(model, adapters, tokenizer, examples, rows, tuned["wrong"])
     return scores
 
 
-def export(directory: Path, model: Decoder, adapters: list[nn.Module], names: list[str]) -> dict[str, Any]:
+def export(
+    model: Decoder, adapters: list[nn.Module], directory: Path, names: list[str], chat: bool
+) -> dict[str, Any]:
     """Saves whatever has a cache as one prefix: PEFT has no kind for a stack -> what was done."""
-    done = {"method": "export", "adapters": names, "base": model.name}
+    done = {"method": "export", "adapters": names, "base": model.name, "chat": chat}
     check_place(directory, done)
     write_json(directory / TRAINING, done)
     save_adapter(Prefix.from_cache(stacked_past_kv(adapters, model)), directory, model)
@@ -92,11 +96,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.predict:
         check_predictions(args.predict)
     base, chat = trained_on(args.adapter[0]) if args.adapter else (None, False)
-    base = args.base or base or DEFAULT_BASE
-    model, tokenizer, template = open_base(base, args.chat or chat, args.device, args.dtype)
+    base, chat = args.base or base or DEFAULT_BASE, args.chat or chat
+    model, tokenizer, template = open_base(base, chat, args.device, args.dtype)
     adapters = [adapter for name in args.adapter for adapter in load_adapters(name, model)]
     if args.export:
-        return export(args.export, model, adapters, args.adapter)
+        return export(model, adapters, args.export, args.adapter, chat)
     act = assess if args.prompt is None else complete
     return act(model, adapters, tokenizer, template, args)
 

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from command.answers import report, show_examples
 from command.console import run_command, say
 from command.flags import RECIPES, train_flags
-from command.models import KINDS, check_folders, load_examples, new_adapters, open_base
+from command.models import KINDS, check_fit, check_folders, load_examples, new_adapters, open_base
 from command.models import save_record, save_run, settings_of, sizes_of
 from command.process import Progress, start_process, sum_over_processes, this_process
-from data import IGNORE, Batch, Row, batch_of, check_lengths, encode, shuffled_batches
-from model import Decoder, KVCache, past_length, stacked_past_kv
+from command.rates import search_rate
+from data import IGNORE, Batch, Row, batch_of, encode, shuffled_batches
+from model import Decoder, KVCache, stacked_past_kv
 from storage.base import fingerprint
-from storage.checkpoints import Checkpoint, Metrics, looks_since_best
+from storage.checkpoints import Checkpoint, Metrics, entry_of, looks_since_best
 
 Rows = dict[str, list[Row]]  # by split: train, validation, test
 
@@ -72,8 +73,8 @@ def evaluate(
 ) -> Scores:
     """-> how well the targets are predicted.
 
-    Greedy decoding gives a target if and only if at each of its positions, behind the target so far,
-    the likeliest token is the target's. So one forward pass tells, and nothing need be generated.
+    Greedy decoding gives a target if and only if, behind each part of the target, the likeliest
+    token is its next one. So one forward pass tells, and nothing need be generated.
     """
     past_kv = stacked_past_kv(adapters, model)
     loss, n_right, n_targets, exact = 0.0, 0, 0, torch.ones(len(rows), dtype=torch.bool)
@@ -110,19 +111,20 @@ class Plan(NamedTuple):
 
 
 def tune(
-    model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan, checkpoint: Checkpoint | None = None,
-    is_done: Callable[[Metrics], bool] = lambda metrics: False,
+    model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan,
+    checkpoint: Checkpoint | None = None, is_done: Callable[[Metrics], bool] = lambda _: False,
 ) -> Metrics:  # fmt: skip
     """Trains the adapters, or the model itself if there are none -> what was measured, by step."""
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
     metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []
-    metrics = metrics or [{"step": 0, "lr": plan.lr} | look(model, adapters, rows, plan)]
+    look = partial(evaluate, model, adapters, rows["validation"], plan.batch_size)
+    metrics = metrics or [{"step": 0, "lr": plan.lr} | entry_of(look())]
     first, (rank, processes) = metrics[-1]["step"], this_process()
-    progress = Progress(first, plan.steps)
+    progress = Progress(first, plan.steps, n_lines=5 if checkpoint else 0)
     batches = shuffled_batches(rows["train"], plan.batch_size, plan.seed)
     for step, step_rows in enumerate(islice(batches, first, plan.steps), start=first + 1):
-        if is_done(metrics):
+        if "validation" in metrics[-1] and is_done(metrics):
             break
         optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
@@ -138,38 +140,23 @@ def tune(
         optimizer.step()
         metrics.append({"step": step, "loss": total.item()})
         if step % plan.eval_every == 0 or step == plan.steps:
-            metrics[-1] |= look(model, adapters, rows, plan)
-            if checkpoint and rank == 0:
-                checkpoint.save(trainee, optimizer, metrics)
-        if not math.isfinite(total.item()):
-            raise Diverged(f"the loss became {total.item()} with --lr {plan.lr:g}: lower it")
+            metrics[-1] |= entry_of(look())
+        both = metrics[-1]["loss"] + metrics[-1].get("validation", 0)
+        if not math.isfinite(both):
+            raise Diverged(f"the loss became {both} with --lr {plan.lr:g}: lower it")
+        if "validation" in metrics[-1] and checkpoint and rank == 0:
+            checkpoint.save(trainee, optimizer, metrics)
         progress.show(sum(len(row.source + row.target) - 1 for row in own_rows), metrics[-1])
     return metrics
 
 
-def look(model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan) -> dict[str, float]:
-    """-> what `evaluate` says of the validation data, by name."""
-    scores = evaluate(model, adapters, rows["validation"], plan.batch_size)
-    return {"validation": scores.loss, "tokens": scores.tokens, "exact_match": scores.exact_match()}
-
-
-def search_rate(middle: float, loss_at: Callable[[float], float]) -> dict[float, float]:
-    """The validation loss of a short training at a rate -> the losses of the rates that were tried.
-
-    These are the middle, a third and three times of it, and on beyond an edge while that is better
-    than all others by a hundredth.
-    """
-    losses = {rate: loss_at(rate) for rate in (two_digits(middle / 3), middle, two_digits(middle * 3))}
-    for factor, outermost in ((1 / 3, min), (3, max)):
-        edge = outermost(losses)
-        while losses[edge] < 0.99 * min(loss for rate, loss in losses.items() if rate != edge):
-            edge = two_digits(edge * factor)
-            losses[edge] = loss_at(edge)
-    return losses
-
-
-def two_digits(rate: float) -> float:
-    return float(f"{rate:.2g}")
+def evaluate_frozen(model: Decoder, rows: list[Row], batch_size: int) -> dict[str, Any]:
+    """-> how well the base does by itself. Raises ValueError if its numbers overflow."""
+    scores = evaluate(model, [], rows, batch_size)
+    if not math.isfinite(scores.loss):
+        overflow = f"{model.name} overflows in {model.dtype}: its loss is {scores.loss}"
+        raise ValueError(f"{overflow} before any step; give --dtype float32")
+    return entry_of(scores)
 
 
 def find_rate(
@@ -178,15 +165,14 @@ def find_rate(
     """-> the validation losses of short trainings, by learning rate. Each one begins anew."""
     short = plan._replace(steps=math.ceil(plan.steps / 5), eval_every=plan.steps)
     say(f"rate     three or more trainings of {short.steps} steps find the learning rate")
-    before = copy.deepcopy(model.state_dict()) if not begin() else None
 
     def loss_at(rate: float) -> float:
+        adapters = begin()
+        trained = model if adapters else copy.deepcopy(model)
         try:
-            loss = tune(model, begin(), rows, short._replace(lr=rate))[-1]["validation"]
+            loss = tune(trained, adapters, rows, short._replace(lr=rate))[-1]["validation"]
         except Diverged:
             loss = math.inf
-        if before:
-            model.load_state_dict(before)
         say(f"rate     {rate:g}: validation loss {loss:.3f}")
         return loss
 
@@ -194,14 +180,9 @@ def find_rate(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Command-line arguments -> what was measured. Raises ValueError for what a user got wrong.
-
-    Whatever could fail is checked before the training, and where it can be, before the model loads.
-    """
+    """Command-line arguments -> what was measured. Raises ValueError for what a user got wrong."""
     args = train_flags(__doc__, argv)
-    rank, processes = start_process()
-    if processes > min(args.batch_size, args.micro_batch or args.batch_size):
-        raise ValueError(f"{processes} processes need an example each: raise --batch-size")
+    rank, _ = start_process(args.batch_size)  # what can fail comes before the model, if it can
     examples = load_examples(args.task, args.data, args.val_data, args.seed)
     record = settings_of(args, examples)  # becomes training.json
     checkpoint = Checkpoint(args.out, record, args.resume, keep_best=bool(args.patience))
@@ -213,38 +194,35 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
     begin = partial(new_adapters, KINDS[args.method], model, tokenizer, rows["train"], *start)
     adapters = begin()
-    n_virtual = past_length(stacked_past_kv(adapters, model))
-    for split in rows:
-        check_lengths(examples[split], rows[split], model.config.block_size, n_virtual)
+    check_fit(examples, rows, adapters, model)
     checkpoint.add_settings({"base": fingerprint(model), "dtype": str(model.dtype)})
     record |= sizes_of(model, adapters) | checkpoint.settings
     check_folders(args.method, args.out, record)  # now with the base's fingerprint
 
     say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0][:2]))
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
-    frozen = evaluate(model, [], rows["test"], args.batch_size)
-    if not math.isfinite(frozen.loss):
-        overflow = f"{model.name} overflows in {model.dtype}: its loss is {frozen.loss}"
-        raise ValueError(f"{overflow} before any step; give --dtype float32")
-    lr = checkpoint.lr or args.lr
+    frozen = evaluate_frozen(model, rows["test"], args.batch_size)
+    lr, rates = checkpoint.lr or args.lr, checkpoint.stored.get("rates")
     plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
-    if lr is None:
-        record["rates"] = find_rate(begin, model, rows, plan, RECIPES[args.method].middle)
-        plan = plan._replace(lr=min(record["rates"], key=record["rates"].get))
-    metrics = tune(model, adapters, rows, plan, checkpoint, lambda m: looks_since_best(m) == args.patience)
+    if plan.lr is None:
+        rates = find_rate(begin, model, rows, plan, RECIPES[args.method].middle)
+        plan = plan._replace(lr=min(rates, key=rates.get))
+    checkpoint.add_settings({"rates": rates})
+    metrics = tune(
+        model, adapters, rows, plan, checkpoint, lambda m: looks_since_best(m) == args.patience
+    )
     if rank > 0:  # one process is enough for what remains
         return record
-    if args.patience:
-        checkpoint.restore_best(nn.ModuleList(adapters or [model]))
-    names = {"data": args.data, "base_name": model.name, "out": str(args.out)}
-    curve = [(entry["step"], entry["validation"]) for entry in metrics if "validation" in entry]
-    record |= names | {"lr_used": plan.lr, "curve": curve}
+    tuned = checkpoint.restore_best(nn.ModuleList(adapters or [model]), metrics)
+    record |= {"data": args.data, "base_name": model.name, "out": str(args.out)}
+    record |= {"lr_used": plan.lr, "rates": rates}
     save_run(record, metrics, adapters, model)
     checkpoint.end()
-    tuned = evaluate(model, adapters, rows["test"], args.batch_size)
-    record |= report("frozen", frozen) | report("tuned", tuned)
+    if examples["test"] is not examples["validation"]:  # else tuning has looked at them just now
+        tuned = entry_of(evaluate(model, adapters, rows["test"], args.batch_size))
+    record |= report(frozen, tuned)
     save_record(record)
-    show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned.exact)
+    show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned["wrong"])
     return record
 
 

@@ -42,16 +42,17 @@ def answers(
 
 def show_examples(
     model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example],
-    rows: list[Row], exact: list[bool],
+    rows: list[Row], wrong: list[int],
 ) -> None:  # fmt: skip
     """Prints three examples, wrong ones first, with the answer and that of the frozen model."""
-    chosen = sorted(range(len(rows)), key=lambda i: exact[i])[:3]
+    chosen = list(dict.fromkeys([*wrong, *range(len(rows))]))[:3]
     sources = [rows[i].source for i in chosen]
     limit = max(len(rows[i].target) for i in chosen) + 10
     got = answers(model, adapters, tokenizer, sources, limit)
     frozen = answers(model, [], tokenizer, sources, limit) if adapters else [""] * len(chosen)
     for i, answer, before in zip(chosen, got, frozen):
-        lines = {"source": examples[i].input, "expected": examples[i].target, "got": answer}
+        source = tokenizer.decode(rows[i].source).rstrip("\n")  # as the model reads it
+        lines = {"source": source, "expected": examples[i].target, "got": answer}
         if adapters:  # a tuned base is frozen no more
             lines["frozen"] = before
         for name, text in lines.items():
@@ -68,9 +69,13 @@ def write_predictions(file: Path, examples: list[Example], predictions: list[str
     replace_file(file, "".join(f"{line}\n" for line in lines).encode())
 
 
-def report(name: str, scores: Any) -> dict[str, float]:
-    """What `evaluate` says of the test data -> the same by name, printed."""
-    shares = f"tokens right {scores.tokens:5.1f} %  exact match {scores.exact_match():5.1f} %"
-    say(f"test     {name:6}  loss {scores.loss:.3f}  {shares}")
-    numbers = {"loss": scores.loss, "tokens": scores.tokens, "exact_match": scores.exact_match()}
-    return {f"{key}_{name}": value for key, value in numbers.items()}
+def report(frozen: dict[str, Any], tuned: dict[str, Any]) -> dict[str, float]:
+    """Two entries of metrics -> all of their numbers by name, and a line of each."""
+    numbers = {}
+    for name, scores in (("frozen", frozen), ("tuned", tuned)):
+        loss, tokens, exact = scores["validation"], scores["tokens"], scores["exact_match"]
+        shares = f"tokens right {tokens:5.1f} %  exact match {exact:5.1f} %"
+        say(f"test     {name:6}  loss {loss:.3f}  {shares}")
+        values = {"loss": loss, "tokens": tokens, "exact_match": exact}
+        numbers |= {f"{key}_{name}": value for key, value in values.items()}
+    return numbers

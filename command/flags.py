@@ -33,9 +33,11 @@ RECIPES = {
 }
 PRETRAINING = Recipe("make a small base", 0, lr=3e-2, middle=3e-2, steps=130)
 MOVED = {  # what train.py once did itself
-    "python -m small_base.pretrain": ("pretrain", "--corpus", "--sizes"),
-    "python generate.py": ("--adapter", "--prompt", "--predict", "--export", "--temperature", "none"),
-}
+    "python -m small_base.pretrain": ("--method pretrain", "--corpus", "--sizes"),
+    "python generate.py": (
+        "--method none", "--adapter", "--prompt", "--predict", "--export", "--temperature", "--top-k",
+    ),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,9 +72,11 @@ count, seed = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
 def train_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments -> the flags of train.py, a method's defaults filled in."""
     argv = sys.argv[1:] if argv is None else argv
-    for program, words in MOVED.items():
-        for word in set(words) & set(argv):
-            raise ValueError(f"{word} is not train.py's any more: see {program} --help")
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    for before, word in zip(["", *words], words):
+        for program, moved in MOVED.items():
+            for old in {word, f"{before} {word}"} & {*moved}:
+                raise ValueError(f"{old} is not train.py's any more: see {program} --help")
     parser = Parser(description)
     add = parser.add_argument_group("what to train").add_argument
     methods = "; ".join(f"{name}: {recipe.help}" for name, recipe in RECIPES.items())
@@ -138,7 +142,8 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
 
     add_data(parser)
     add = parser.add_argument_group("what else to do").add_argument
-    add("--predict", metavar="FILE", type=Path, help="with --data or --task: write all answers, as JSONL")
+    file = "with --data or --task: write all answers, as JSONL"
+    add("--predict", metavar="FILE", type=Path, help=file)
     add("--prompt", metavar="TEXT", help="complete this input; -: each line that comes in")
     export = "save the adapters, together, as one prefix that PEFT loads"
     add("--export", metavar="DIR", type=Path, help=export)

@@ -16,15 +16,15 @@ from torch import nn
 from command.console import say
 from command.flags import DEFAULT_BASE
 from command.process import barrier, pick_device, pick_dtype, this_process
-from data import Example, Row, hold_out, read_jsonl
-from model import Decoder
+from data import Example, Row, check_lengths, hold_out, read_jsonl
+from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.pretrain import pretrain
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import load_adapter, save_adapter
 from storage.base import load_base, save_base
-from storage.checkpoints import Metrics
+from storage.checkpoints import Metrics, curve_of
 from storage.files import TRAINING, check_place, read_json, replace_file, write_json
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
@@ -96,17 +96,21 @@ def folders_of(method: str, out: Path) -> list[Path]:
     return [out / name for name in STACK] if method == "both" else [out]
 
 
+def adapter_folders(directory: str | Path) -> list[Path]:
+    """A saved adapter, or the folder of a stack -> the folders of adapters, the foremost first."""
+    inner, alone = folders_of("both", Path(directory)), Path(directory) / "adapter_config.json"
+    return inner if all(map(Path.is_dir, inner)) and not alone.exists() else [Path(directory)]
+
+
 def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
     """A saved adapter, or the folder of a stack -> the adapters in it, the foremost first."""
-    inner, alone = folders_of("both", Path(directory)), Path(directory) / "adapter_config.json"
-    folders = inner if all(map(Path.is_dir, inner)) and not alone.exists() else [Path(directory)]
+    folders = adapter_folders(directory)
     return [load_adapter(folder, model).to(model.device) for folder in folders]
 
 
 def trained_on(directory: str | Path) -> tuple[str | None, bool]:
     """A saved adapter, or the folder of a stack -> the name of its base, and whether it was --chat."""
-    alone = Path(directory) / "adapter_config.json"
-    folder = alone.parent if alone.exists() else folders_of("both", Path(directory))[0]
+    folder = adapter_folders(directory)[0]
     config = read_json(folder / "adapter_config.json")
     record = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
     return config.get("base_model_name_or_path"), record.get("chat", False)
@@ -117,8 +121,8 @@ def load_examples(
 ) -> dict[str, list[Example]]:
     """-> train, validation and test examples, of an embedded task or a user's own.
 
-    One's own validation examples are the test examples too: what was chosen by them is to be tested
-    elsewhere.
+    One's own validation examples are the test examples too, one list: what was chosen by them is to
+    be tested on another file, with generate.py.
     """
     if path is None:
         sizes = {"train": 1000, "validation": 100, "test": 300}
@@ -126,6 +130,16 @@ def load_examples(
     train = read_jsonl(path)
     held_out, train = hold_out(train, seed) if val_path is None else (read_jsonl(val_path), train)
     return {"train": train, "validation": held_out, "test": held_out}
+
+
+def check_fit(
+    examples: dict[str, list[Example]], rows: dict[str, list[Row]], adapters: list[nn.Module],
+    model: Decoder,
+) -> None:  # fmt: skip
+    """Raises ValueError if examples are too long behind the adapters."""
+    n_virtual = past_length(stacked_past_kv(adapters, model))
+    for split in rows:
+        check_lengths(examples[split], rows[split], model.config.block_size, n_virtual)
 
 
 def settings_of(args: argparse.Namespace, examples: dict[str, list[Example]]) -> dict[str, Any]:
@@ -153,9 +167,12 @@ def check_folders(method: str, out: Path, record: dict[str, Any]) -> None:
         check_place(folder, record)
 
 
-def save_run(record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module], model: Decoder) -> None:
+def save_run(
+    record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module], model: Decoder
+) -> None:
     """Saves the adapters, or the tuned model, with the metrics and the record of the training."""
     out = Path(record["out"])
+    record["curve"] = curve_of(metrics)
     save_record(record)
     for folder, adapter in zip(folders_of(record["method"], out), adapters or [None]):
         if adapter is not None:
@@ -167,12 +184,14 @@ def save_run(record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module]
     replace_file(out / "metrics.jsonl", lines.encode())
     draw_curve(out / "curve.png", metrics)
     use = f"--adapter {shlex.quote(str(out))}" if adapters else f"--base {shlex.quote(str(out))}"
-    say(f'saved to {out}; use it with: python generate.py {use} --prompt "…"\n')
+    use += " --chat" * (record["chat"] and not adapters)  # an adapter remembers it
+    say(f'saved to {out}; use it with: python generate.py {use} --prompt "…"')
 
 
 def save_record(record: dict[str, Any]) -> None:
     """Writes what was trained, how, and how it tested, beside each adapter."""
-    for folder in folders_of(record["method"], Path(record["out"])):
+    out = Path(record["out"])
+    for folder in {out, *folders_of(record["method"], out)}:
         write_json(folder / TRAINING, record)
 
 

@@ -13,9 +13,10 @@ from command.console import say
 from model import Decoder
 
 
-def start_process() -> tuple[int, int]:
+def start_process(batch_size: int | None = None) -> tuple[int, int]:
     """Makes runs repeat bit for bit, and meets the other processes of torchrun -> rank, processes.
 
+    Raises ValueError if a batch has not an example for each of them.
     MKL's sums must not depend on where memory happens to lie. Its functions want a first call on one
     thread, or they may lose digits on several (github.com/pytorch/pytorch/issues/188792).
     """
@@ -25,7 +26,10 @@ def start_process() -> tuple[int, int]:
         dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # the first process does the talking
-    return this_process()
+    rank, processes = this_process()
+    if batch_size and processes > batch_size:
+        raise ValueError(f"{processes} processes need an example each: raise --batch-size")
+    return rank, processes
 
 
 def this_process() -> tuple[int, int]:
@@ -95,11 +99,12 @@ def bfloat16_slowness() -> float:
 
 class Progress:
     """One line with step, losses, tokens/s and time left. On a terminal it is refreshed in place;
-    elsewhere it is a new line each tenth of the steps."""
+    elsewhere there are so many new lines a run."""
 
-    def __init__(self, first: int, steps: int):
+    def __init__(self, first: int, steps: int, n_lines: int = 5):
         """Steps done before, and in all."""
         self.first, self.steps, self.tokens, self.validation = first, steps, 0, None
+        self.every = math.ceil(steps / n_lines) if n_lines else math.inf
         self.begin = self.shown = time.perf_counter()
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
@@ -108,8 +113,10 @@ class Progress:
         step, now = int(entry["step"]), time.perf_counter()
         self.tokens += n_tokens
         self.validation = entry.get("validation", self.validation)
-        tenth = step % math.ceil(self.steps / 10) == 0 or step == self.steps
-        if now - self.shown > 0.2 if self.terminal and step < self.steps else tenth:
+        due = step % self.every == 0 or (step == self.steps and self.every <= self.steps)
+        if self.terminal and step < self.steps:
+            due = now - self.shown > 0.2
+        if due:
             self.shown, seconds = now, now - self.begin
             left = seconds / (step - self.first) * (self.steps - step)
             losses = f"  loss {entry['loss']:.3f}"

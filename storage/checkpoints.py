@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 
 from storage.files import difference, read_tensors, write_tensors
 
-Metrics = list[dict[str, float]]  # one entry a step; step 0 and each look also have "validation"
+Metrics = list[dict[str, Any]]  # one entry a step; step 0 and each look also have "validation"
 
 
 def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
@@ -24,10 +24,28 @@ def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tens
     return numbers
 
 
+def entry_of(scores: Any) -> dict[str, Any]:
+    """What `evaluate` says -> the entry of a look, with the numbers of the first rows that are wrong."""
+    wrong = [i for i, exact in enumerate(scores.exact) if not exact][:3]
+    numbers = {"validation": scores.loss, "tokens": scores.tokens}
+    return numbers | {"exact_match": scores.exact_match(), "wrong": wrong}
+
+
+def curve_of(metrics: Metrics) -> list[tuple[int, float]]:
+    """-> step and validation loss of each look."""
+    return [(entry["step"], entry["validation"]) for entry in metrics if "validation" in entry]
+
+
+def best_look(metrics: Metrics) -> dict[str, Any]:
+    """-> the entry with the lowest validation loss, step 0 left out; the first of equals."""
+    looks = [entry for entry in metrics[1:] if "validation" in entry]
+    return min(looks, key=lambda entry: entry["validation"], default=metrics[0])
+
+
 def looks_since_best(metrics: Metrics) -> int:
     """-> how many looks at the validation data ago the loss was lowest, step 0 left out."""
-    losses = [entry["validation"] for entry in metrics[1:] if "validation" in entry]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    best = best_look(metrics)["step"]
+    return sum(step > best for step, _ in curve_of(metrics)) if best else 0
 
 
 class Checkpoint:
@@ -103,9 +121,12 @@ class Checkpoint:
             tensor.copy_(stored[name])
         return list(self.metrics)
 
-    def restore_best(self, trainee: nn.Module) -> None:
-        """Goes back to the numbers that had the lowest validation loss."""
+    def restore_best(self, trainee: nn.Module, metrics: Metrics) -> dict[str, Any]:
+        """Goes back to the best numbers, if they were kept -> the look at what is there now."""
+        if not self.keep_best:
+            return metrics[-1]
         trainee.load_state_dict(read_tensors(self.best))
+        return best_look(metrics)
 
     def end(self) -> None:
         """Removes what only an interrupted run needs."""

@@ -1,9 +1,14 @@
-"""A model of a few thousand random weights, in float64, so that equal means equal to twelve digits; and a tiny base."""
+"""A model of a few thousand random weights, in float64: equal means equal to twelve digits.
+
+And a small base that was trained for a moment, with short runs on it.
+"""
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,33 +26,41 @@ from command.process import start_process  # noqa: E402
 from data import Example  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig  # noqa: E402
+from small_base import pretrain  # noqa: E402
 from small_base.world import task_examples  # noqa: E402
+from storage.checkpoints import Checkpoint  # noqa: E402
 
 V, BLOCK, L, H, C = 61, 32, 3, 2, 16
 D = C // H
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes ten seconds or more; only -m slow runs it")
     for number, exercise in EXERCISES.items():
-        config.addinivalue_line("markers", f"ex{number}: grades exercise {number}, {exercise.title}: {exercise.function}")
-    if config.option.markexpr in [f"ex{number}" for number in EXERCISES]:  # the first hint, and nothing that hides it
-        config.option.maxfail = config.option.maxfail or 1
+        grades = f"grades exercise {number}, {exercise.title}: {exercise.function}"
+        config.addinivalue_line("markers", f"ex{number}: {grades}")
+    config.option.markexpr = config.option.markexpr or "not slow"
+    if config.option.markexpr in [f"ex{number}" for number in EXERCISES]:
+        config.option.maxfail = config.option.maxfail or 1  # the first hint, and nothing hides it
         config.option.tbstyle = config.option.tbstyle.replace("auto", "short")
 
 
 def random_model(seed: int = 0, family: str = "gpt2") -> Decoder:
-    """Weights an order larger than at GPT-2's start: attention is far from uniform, so a wrong score shows.
+    """Weights an order larger than at GPT-2's start: attention is uneven, so a wrong score shows.
 
-    Gains lie around 1, or the last norm would silence the content, and every text would go on with the same token. The
-    Llama has twice as many heads of queries, so that a prefix has the shape (P, L, 2, H, D) on both.
+    Gains lie around 1, or the last norm would silence the content, and every text would go on with
+    the same token. The Llama has twice as many heads of queries, so that a prefix has the shape
+    (P, L, 2, H, D) on both.
     """
     generator = torch.Generator().manual_seed(seed)
     llama = LlamaConfig(V, BLOCK, L, 2 * H, H, C, 3 * C, D, rope_theta=100.0, rms_norm_eps=1e-5)
     model = (Llama(llama) if family == "llama" else GPT(GPTConfig(V, BLOCK, L, H, C))).double()
     for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.RMSNorm)):
-        norm.weight.data += 1
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 0.3 * noise
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm):
+            module.weight.data += 1
     return model.requires_grad_(False)
 
 
@@ -73,13 +86,66 @@ def gpt2() -> GPT:
 
 
 def write_jsonl(path: Path, examples: list[Example]) -> None:
-    path.write_text("".join(json.dumps({"input": e.input, "target": e.target}) + "\n" for e in examples))
+    rows = [{"input": example.input, "target": example.target} for example in examples]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> str:
-    """A miniature of the pretrained base: forty steps, enough to know words. Beside it, forty examples of a task."""
+    """A small base of forty steps, enough to know words. Beside it lie forty examples of a task."""
     directory = tmp_path_factory.mktemp("base")
-    train.main(["--method", "pretrain", "--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
+    pretrain.main(["--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
     write_jsonl(directory / "forty.jsonl", task_examples("sentence", "train", 40, 0))
     return str(directory / "mini")
+
+
+def forty(base: str) -> str:
+    """-> the path of those examples."""
+    return str(Path(base).with_name("forty.jsonl"))
+
+
+def train_argv(base: str, *flags: object) -> list[str]:
+    """-> flags of a short run on those examples. Each can be given anew."""
+    data = [] if {"--data", "--task"} & set(flags) else ["--data", forty(base)]
+    common = ["--base", base, "--device", "cpu", "--steps", "3", "--batch-size", "4", "--lr", "0.3"]
+    return [*common, *data, *map(str, flags)]
+
+
+def run(base: str, *flags: object) -> dict[str, Any]:
+    """A short run of train.py -> what it returns."""
+    return train.main(train_argv(base, *flags))
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """-> the contents of its files, pictures left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".png")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def without_lr(argv: list[str]) -> list[str]:
+    """-> the same flags, so that a rate is searched."""
+    at = argv.index("--lr")
+    return argv[:at] + argv[at + 2 :]
+
+
+def interrupted(step: int, argv: list[str]) -> None:
+    """A run that Ctrl-C ends behind the checkpoint of this step."""
+    save = Checkpoint.save
+
+    def save_and_stop(self, trainee, optimizer, metrics) -> None:
+        save(self, trainee, optimizer, metrics)
+        if metrics[-1]["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", save_and_stop)
+        train.main(argv)
+
+
+def raising(error: BaseException) -> Callable:
+    """-> a function that does nothing else."""
+
+    def function(*_, **__):
+        raise error
+
+    return function
