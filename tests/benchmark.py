@@ -1,13 +1,14 @@
-"""The same work here and in PEFT, side by side: same weights, same adapter, same batch, in one process, turn by turn.
+"""The same work here and in PEFT: same weights, same adapter, same batch, in one process, by turns.
 
-    python tests/benchmark.py                         the small base, GPT-2 small and SmolLM2-135M of random weights
-    python tests/benchmark.py --sizes 124M --P 5 100  some of it; other rows of tests/benchmark.json stay
-    python tests/benchmark.py --growth                how time and memory grow with P, T, B and the model; a figure, with matplotlib
+    python tests/benchmark.py                         the small base, GPT-2 small and SmolLM2-135M
+    python tests/benchmark.py --sizes 124M --P 5 100  some of it; other rows of the JSON file stay
+    python tests/benchmark.py --growth                how time and memory grow; a figure, too
 
-Needs the peers: pip install -r tests/requirements.txt. On a GPU: batches of 32, into tests/benchmark-<gpu>.json.
-A time is the median of 15 turns, of 5 for growth, of 3 for texts above 1,000 tokens, in each of which all that is compared
-takes part. The *floor* is the time of just the matrix products that a step cannot avoid: what it takes beyond them is
-attention, norms, GELU, loss, AdamW and Python.
+Weights are random. It needs the peers: pip install -r tests/requirements.txt. On a GPU it takes batches
+of 32, and writes tests/benchmark-<gpu>.json. A time is the median of 15 turns, in each of which all
+that is compared takes part. For growth there are 5 turns, and 3 for texts above 1,000 tokens. The
+*floor* is the time of the matrix products that no step can avoid. The rest of a step is attention,
+norms, GELU, loss, AdamW and Python.
 """
 
 import argparse
@@ -27,18 +28,28 @@ from pathlib import Path
 from statistics import median, quantiles
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MKL_CBWR"] = "AUTO"  # train.py asks for STRICT, which slows products with one row
+os.environ["MKL_CBWR"] = "AUTO"  # start_process asks for STRICT, which slows products of one row
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
-from common import data, forward, interleaved, kept_by_formula, kept_for_backward, machine, train, write_json  # noqa: E402
+from common import (  # noqa: E402
+    forward,
+    interleaved,
+    kept_by_formula,
+    kept_for_backward,
+    machine,
+    write_json,
+)
 from torch import Tensor, nn  # noqa: E402
 
+import data  # noqa: E402
+from command.models import KINDS  # noqa: E402
 from command.process import pick_device  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig, rows_of  # noqa: E402
+from prefix import Prefix  # noqa: E402
 from small_base.pretrain import pretrain  # noqa: E402
-from storage.base import load_base, save_base  # noqa: E402
+from storage.base import LLAMA, load_base, save_base  # noqa: E402
 from storage.files import read_json  # noqa: E402
 
 SIZES = {
@@ -55,7 +66,7 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DEVICE = pick_device(None)
 CUDA = DEVICE.type == "cuda"
 
-# ------------------------------------------------------------------------------------------------------ what is compared
+# -------------------------------------------------------------------------------- what is compared
 
 
 def random_model(size: str) -> Decoder:
@@ -71,11 +82,12 @@ def make_base(root: Path, size: str) -> None:
     """Random weights, in each dtype in which they are used; a Llama's config as transformers writes it."""
     c, model = SIZES[size], random_model(size)
     llama = isinstance(model, Llama)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} if llama else None
+    config = None
     if llama:
-        config |= {"vocab_size": c.vocab_size, "max_position_embeddings": c.block_size, "num_hidden_layers": c.n_layer}
-        config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "hidden_size": c.n_embd}
-        config |= {"intermediate_size": c.n_inner, "head_dim": c.head_dim, "rope_theta": c.rope_theta, "rms_norm_eps": c.rms_norm_eps}
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        config |= {"tie_word_embeddings": True, "rope_theta": c.rope_theta}
+        for key, value in LLAMA.items():
+            config[key] = getattr(c, value) if isinstance(value, str) else value[0]
     for dtype in (FLOAT32, BFLOAT16):
         save_base(model.to(dtype), base_directory(root, size, dtype), config)
 
@@ -86,8 +98,8 @@ def base_directory(root: Path, size: str, dtype: torch.dtype) -> Path:
 
 def ours(model: Decoder, method: str, P: int) -> tuple[Decoder, nn.Module]:
     """-> a model of ours, frozen, and an adapter of random numbers on it."""
-    (kind,) = train.RECIPES[method].adapters
-    model = model.to(DEVICE).freeze()
+    (kind,) = KINDS[method]
+    model = model.to(DEVICE).requires_grad_(False)
     return model, kind.random(model, P, torch.Generator().manual_seed(0))
 
 
@@ -102,26 +114,31 @@ def theirs(directory: Path, method: str, adapter: nn.Module | None = None, P: in
     base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(DEVICE).eval()
     base.generation_config.eos_token_id = None  # so that it goes on to the last token
     kind = {"prefix": peft.PrefixTuningConfig, "soft_prompt": peft.PromptTuningConfig}[method]
-    model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=P or len(next(adapter.parameters()))))
+    P = P or len(next(adapter.parameters()))
+    model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=P))
     if adapter:
-        model.prompt_encoder["default"].embedding.weight.data = next(adapter.parameters()).detach().flatten(1).clone()
+        rows = next(adapter.parameters()).detach().flatten(1).clone()
+        model.prompt_encoder["default"].embedding.weight.data = rows
     return model.to(DEVICE)
 
 
 def random_rows(size: str, B: int, T: int = SOURCE + TARGET) -> list[data.Row]:
-    ids = torch.randint(SIZES[size].vocab_size, (B, T), generator=torch.Generator().manual_seed(0)).tolist()
-    return [data.Row(row[:-TARGET], row[-TARGET:]) for row in ids]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(SIZES[size].vocab_size, (B, T), generator=generator)
+    return [data.Row(row[:-TARGET], row[-TARGET:]) for row in ids.tolist()]
 
 
 def their_loss(model: nn.Module, rows: list[data.Row]) -> Callable[[], Tensor]:
     idx = torch.tensor([row.source + row.target for row in rows], device=DEVICE)
-    labels = torch.tensor([[data.IGNORE] * len(row.source) + row.target for row in rows], device=DEVICE)
+    labels = [[data.IGNORE] * len(row.source) + row.target for row in rows]
+    labels = torch.tensor(labels, device=DEVICE)
     return lambda: model(input_ids=idx, labels=labels).loss
 
 
 def step(trained: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
     """-> one training step: forward, backward, AdamW on what is trainable."""
-    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    trainable = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
 
     def one() -> float:
         optimizer.zero_grad()
@@ -284,14 +301,14 @@ def compare_many(table: Table, root: Path, size: str, P: int, B: int = 32) -> No
     """Generation with another prefix for each row against one for all of them; and what it takes to put a saved one in place."""
     for dtype in (FLOAT32, BFLOAT16):
         model = ours(load_base(base_directory(root, size, dtype)), "prefix", P)[0]
-        prefixes = [train.Prefix.random(model, P, torch.Generator().manual_seed(i)) for i in range(B)]
+        prefixes = [Prefix.random(model, P, torch.Generator().manual_seed(i)) for i in range(B)]
         idx = torch.tensor([row.source for row in random_rows(size, B)], device=DEVICE)
         with torch.no_grad():
             one, many = prefixes[0].past_kv(model), rows_of([prefix.past_kv(model) for prefix in prefixes])
         sides = {name: partial(model.generate, idx, NEW, past_kv) for name, past_kv in (("one", one), ("many", many))}
         taken, spread = seconds(sides | {"switch": torch.no_grad()(partial(prefixes[1].past_kv, model))})
         name = f"{size} prefix P={P} {str(dtype).removeprefix('torch.')} generation, {B} rows"
-        more = {"/one for all": taken["many"] / taken["one"], "MB an adapter": 4 * prefixes[0].n_stored() / 1e6}
+        more = {"/one for all": taken["many"] / taken["one"], "MB an adapter": 4 * prefixes[0].start.numel() / 1e6}
         table.add(f"{name} with {B} prefixes", "tokens/s", B * NEW / taken["many"], **more, spread=spread)
         table.add(f"{name}: another prefix", "ms", 1e3 * taken["switch"], spread=spread)
 
@@ -318,8 +335,7 @@ def grow(table: Table, root: Path, sizes: list[str]) -> None:
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
         grow_to(table, axis, value)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        recipe = train.RECIPES["pretrain"]
-        pretrain(root / "pretrained", [], steps=40, lr=recipe.lr, batch_size=16, seed=0, device=DEVICE)
+        pretrain(root / "pretrained", steps=40, device=DEVICE)
     speed = re.findall(r"([\d,]+) tokens/s", printed.getvalue())[-1]
     table.add("pretraining of the small base", "tokens/s", float(speed.replace(",", "")))
 

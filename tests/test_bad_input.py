@@ -1,6 +1,6 @@
-"""What bad input gets: success, or one sentence. Never a traceback, a hang, gigabytes, or a changed file.
+"""What bad input gets: success, or one sentence. No traceback, no hang, no gigabytes, no changed file.
 
-The cases are drawn anew from a seed each time; a failure prints the case, and running its test again shows it again.
+The cases are drawn by a seed. A failure prints its case, and running the test again shows it again.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import runpy
 import struct
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from conftest import C, H, random_ids
 from safetensors.torch import load, save
 
 import data
+import generate
 import train
-from command.flags import parse
-from command.process import run_command
+from command.console import run_command
+from command.flags import RECIPES, generate_flags, train_flags
 from model import GPT, GPTConfig
 from prefix import Prefix
 from small_base.pretrain import train_bpe
@@ -118,7 +120,7 @@ def header(rng: random.Random, name: str) -> bytes:
 def places(tmp_path_factory) -> Path:
     """A tiny base with ten merges, and an adapter of each kind."""
     directory = tmp_path_factory.mktemp("bad")
-    model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
+    model = GPT(GPTConfig(267, BLOCK, 3, H, C)).requires_grad_(False)
     save_base(model, directory / "base")
     save_tokenizer(directory / "base", train_bpe(["the cat sat on the mat"] * 9, 10))
     save_adapter(Prefix(torch.randn(model.kv_shape(4))), directory / "prefix", model)
@@ -138,7 +140,10 @@ def memory():
     """Less than a GB more than before, where the platform can tell."""
 
     def peak() -> int:
-        return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if resource is None:
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = peak()
     yield
@@ -297,9 +302,10 @@ def test_bad_checkpoints(places):
 
     def use(directory: Path) -> None:
         trainee, optimizer = fresh()
-        done, curve = Checkpoint(directory / "checkpoint.safetensors", settings, True).load(trainee, optimizer)
-        list(islice([], done, None))  # as training goes on there
-        assert f"{curve[-1][1]:.3f}" and trainee[0].vectors.shape == (2, C)
+        checkpoint = Checkpoint(directory, settings, resume=True, keep_best=False)
+        metrics = checkpoint.restore(trainee, optimizer)
+        list(islice([], metrics[-1]["step"], None))  # as training goes on there
+        assert trainee[0].vectors.shape == (2, C)
         step(trainee, optimizer)
 
     def changed_metadata(rng: random.Random, content: bytes) -> bytes:
@@ -313,7 +319,8 @@ def test_bad_checkpoints(places):
     trainee, optimizer = fresh()
     step(trainee, optimizer)
     (places / "run").mkdir()
-    Checkpoint(places / "run" / "checkpoint.safetensors", settings, False).save(trainee, optimizer, 1, [(0, 1.0)])
+    metrics = [{"step": 0, "lr": 0.1, "validation": 1.0}, {"step": 1, "loss": 1.0}]
+    Checkpoint(places / "run", settings, False, False).save(trainee, optimizer, metrics)
     check_file(places, "run", "checkpoint.safetensors", damaged, use, 50)
     check_file(places, "run", "checkpoint.safetensors", changed_tensor, use, 100)
     check_file(places, "run", "checkpoint.safetensors", changed_metadata, use, 100)
@@ -342,12 +349,16 @@ def test_bad_chat_templates(places):
     check_file(places, "newer", "chat_template.jinja", damaged, use, 100, jinja2)
 
 
-def flags(capsys) -> list[str]:
-    """-> all that the command line knows, but what sets the size of a run or names a file to write."""
+PROGRAMS = {train: train_flags, generate: generate_flags}
+
+
+def flags(program, capsys) -> list[str]:
+    """-> all that a program knows, but what sets the size of a run or names a place to write to."""
     with pytest.raises(SystemExit, match="0"):
-        parse(["--help"], train.__doc__, train.RECIPES)
+        PROGRAMS[program](program.__doc__, ["--help"])
     found = set(re.findall(r"--[a-z]+[a-z-]*", capsys.readouterr().out))
-    return sorted(found - {"--help", "--steps", "--batch-size", "--out", "--predict"})
+    sizes, places = {"--steps", "--batch-size"}, {"--out", "--predict", "--export"}
+    return sorted(found - {"--help"} - sizes - places)
 
 
 def exits(action) -> None:
@@ -359,29 +370,39 @@ def exits(action) -> None:
         raise ValueError("the sentence has been printed") from None
 
 
-def test_bad_flags(places, capsys):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_bad_flags(places, capsys, program):
     """400 command lines of flags with a value, several or none."""
-    rng, names, outcomes = random.Random(0), flags(capsys), set()
-    words = ["1", "0", "-1", "8", "1e-3", "nan", "1e999", "9" * 30, "text", "zero", "prefix", "both", "full", "none", "chat", ""]
+    rng, names, outcomes = random.Random(0), flags(program, capsys), set()
+    words = ["1", "0", "-1", "8", "1e-3", "nan", "1e999", "9" * 30, "text", "zero", "chat", ""]
+    words += ["none", *RECIPES]
     for _ in range(400):
         argv = []
         for name in rng.sample(names, rng.randrange(1, 6)):
             argv += [name, *rng.choices([*words, text(rng)], k=rng.choice([0, 1, 1, 1, 1, 2]))]
-        outcomes.add(check(lambda: exits(lambda: parse(argv, train.__doc__, train.RECIPES)), places, argv))
+        parse = partial(PROGRAMS[program], program.__doc__, argv)
+        outcomes.add(check(partial(exits, parse), places, argv))
     assert outcomes == {True, False}
 
 
-def test_bad_runs(places, tmp_path, monkeypatch, capsys):
-    """100 runs of one step with files, numbers and texts in the wrong places."""
-    rng, names, outcomes = random.Random(0), flags(capsys), set()
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_bad_runs(places, tmp_path, monkeypatch, capsys, program):
+    """60 short runs with files, numbers and texts in the wrong places."""
+    rng, names, outcomes = random.Random(0), flags(program, capsys), set()
     monkeypatch.chdir(tmp_path)
-    files = [str(places / name) for name in ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")]
-    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "both", "soft_prompt", "full", "none", "chat", "cpu", "cpu:x"]
-    words += ["", "9" * 30, "1e308", "1e38", *files]
-    for _ in range(100):
-        argv = ["--base", files[0], "--data", files[1], "--steps", "1", "--batch-size", "2", "--out", "out"]
+    inside = ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")
+    files = [str(places / name) for name in inside]
+    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "none", "chat", "cpu", "cpu:x"]
+    words += ["", "9" * 30, "1e308", "1e38", *RECIPES, *files]
+    for i in range(60):
+        argv = ["--base", files[0], "--batch-size", "2"]
+        if program is train:
+            argv += ["--data", files[1], "--steps", "1", "--lr", "0.1", "--out", f"out/{i}"]
+            argv += rng.choice([[], ["--init-text", text(rng)]])
+        else:
+            argv += rng.choice([["--data", files[1]], ["--prompt", text(rng)]])
+            argv += rng.choice([[], ["--adapter", rng.choice(files)]])
         argv += [rng.choice(names), rng.choice([*words, text(rng)])]
-        prompt = ["--prompt", text(rng)]
-        argv += rng.choice([[], ["--init-text", text(rng)], prompt, [*prompt, "--adapter", rng.choice(files)]])
-        outcomes.add(check(lambda: exits(lambda: train.main(argv)), places, argv))
+        run = partial(program.main, argv)
+        outcomes.add(check(partial(exits, run), places, argv))
     assert outcomes == {True, False}
