@@ -1,6 +1,6 @@
 """Tune a prefix for 20,000 steps, with looks and checkpoints on the way: its memory must not grow.
 
-    python tests/endurance.py       some minutes on two cores; Linux only
+python tests/endurance.py       some minutes on two cores; Linux only
 """
 
 import contextlib

@@ -1,11 +1,11 @@
-"""Kill a run at thirty seeded moments and start it again: it must end bit for bit as an undisturbed one.
+"""Kill a run at thirty seeded moments and start it again. It must end as an undisturbed one does.
 
     python tests/kill.py            about five minutes on two cores; --moments N for fewer
 
-Half of the moments are points in time. The other half are touches of a file: before the n-th opening,
+Half of the moments are points in time. The others are touches of a file: before the n-th opening,
 renaming or removing below the working folder, the process kills itself. So saving is met at every
-stage. After each kill, whatever lies there must load. A kill may leave nothing behind in the end but
-the writer's own temporary files, `.….new`.
+stage. After each kill, whatever lies there must load. In the end every file is the same to the bit.
+A kill may leave only the writer's own temporary files behind, `.….new`.
 """
 
 import argparse
@@ -55,11 +55,13 @@ def start(folder: Path, fatal: int = 0) -> subprocess.Popen:
     root, checkpoint = str(Path(train.__file__).parent), folder / OUT / "checkpoint.safetensors"
     resume = ["--resume"] if checkpoint.exists() else []
     command = [sys.executable, "-c", CHILD, root, str(fatal), *FLAGS, *resume]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def check_what_is_there(folder: Path) -> str:
-    """-> what was found, after loading it: a base, a checkpoint, an adapter, and files of the killed writer."""
+    """-> what was found and loads: a base, a checkpoint, an adapter, half-written files."""
     base, out, found = folder / "out/base", folder / OUT, []
     if (base / "config.json").exists():
         model = load_base(base)
@@ -78,13 +80,17 @@ def check_what_is_there(folder: Path) -> str:
 
 def result(folder: Path) -> dict[str, bytes]:
     """-> every file of the run, by its name, but for the writer's own."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     whole = {name: path for name, path in files.items() if not path.match(".*.new")}
     return {name: path.read_bytes() for name, path in whole.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--moments", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

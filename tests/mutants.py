@@ -29,7 +29,7 @@ DECORATED = re.compile(r"^( *)@torch\.(no_grad|inference_mode)\(\).*\n *def (\w+
 
 
 def undecorated(source: str) -> str:
-    """-> the same program, in which each decorated function is a plain one that is wrapped later."""
+    """-> the same program: each decorated function is a plain one that is wrapped later."""
     ends = ["\n"]
     for found in DECORATED.finditer(source):
         indent, wrapper, name = found.groups()
@@ -49,7 +49,7 @@ def mutmut(copy: Path, *words: str) -> str:
 
 
 def outcomes(copy: Path) -> dict[str, int | None]:
-    """-> the exit status of the tests on each mutant; None where it was not run, 0 where none noticed."""
+    """-> the tests' exit status on each mutant: 0 where none noticed, None where it was not run."""
     found: dict[str, int | None] = {}
     for file in (copy / "mutants").rglob("*.meta"):
         found |= json.loads(file.read_text())["exit_code_by_key"]
@@ -57,7 +57,9 @@ def outcomes(copy: Path) -> dict[str, int | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sample", type=int, metavar="N")
     parser.add_argument("--only", metavar="MODULE", default="")
     parser.add_argument("--seed", type=int, default=0)
@@ -79,7 +81,9 @@ def main() -> None:
             names = random.Random(args.seed).sample(names, min(args.sample, len(names)))
         print(f"{len(names)} mutants", flush=True)
         for start in range(0, len(names), 200):
-            printed = mutmut(copy, "run", "--max-children", args.children, *names[start : start + 200])
+            printed = mutmut(
+                copy, "run", "--max-children", args.children, *names[start : start + 200]
+            )
             if "failed to" in printed or "Traceback" in printed:
                 sys.exit(printed[-3000:])  # the tests do not pass as it is
             found = {name: outcomes(copy)[name] for name in names[: start + 200]}

@@ -1,4 +1,4 @@
-"""What bad input gets: success, or one sentence. No traceback, no hang, no gigabytes, no changed file.
+"""What bad input gets: success, or one sentence. No traceback, hang, gigabytes or changed file.
 
 The cases are drawn by a seed. A failure prints its case, and running the test again shows it again.
 """
@@ -40,15 +40,44 @@ except ImportError:  # on Windows
     resource = None
 
 BLOCK = 40
-CHAT = "{% for message in messages %}{{ message.role + ': ' + message.content | trim }}{{ eos_token }}{% endfor %}"
-ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()", "os.abort"]
-NUMBERS = [0, 1, 2, 3, 7, 8, 16, 257, 2**31, 2**63 - 1, 2**64, 10**30, -1, 1.5, 1e308, float("nan"), float("inf")]
+CHAT = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content | trim }}"
+    "{{ eos_token }}{% endfor %}"
+)
+ELSEWHERE = [
+    "/etc/passwd",
+    "../data.jsonl",
+    "https://example.com/x",
+    "__import__('os').abort()",
+    "os.abort",
+]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    16,
+    257,
+    2**31,
+    2**63 - 1,
+    2**64,
+    10**30,
+    -1,
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+]
 
 
 def text(rng: random.Random) -> str:
-    """Characters of every plane of Unicode, control characters and halves of surrogate pairs among them."""
+    """Characters of every plane of Unicode, with control characters and halves of pairs."""
     starts = [0, 0, 0x80, 0x2000, 0xD7F0, 0xFFF0, *range(0x10000, 0x110000, 0x10000)]
-    return "".join(chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(rng.choice([0, 1, 3, 20])))
+    return "".join(
+        chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(rng.choice([0, 1, 3, 20]))
+    )
 
 
 def anything(rng: random.Random, depth: int = 3):
@@ -62,13 +91,19 @@ def anything(rng: random.Random, depth: int = 3):
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
-    """Truncated, extended, a few bytes changed, a piece repeated, emptied, nested without end, or left alone."""
+    """Cut, extended, changed in places, repeated in part, emptied, nested without end, or whole."""
     a, b = sorted(rng.choices(range(len(content) + 1), k=2))
     some = bytes(rng.choices(range(256), k=rng.choice([1, 8, 100])))
     changed = bytearray(content)
     for _ in range(rng.choice([1, 5])):
         changed[rng.randrange(len(changed))] = rng.randrange(256)
-    pieces = [content[:a], content + some, content[:a] + some + content[b:], content[:b] + content[a:], bytes(changed)]
+    pieces = [
+        content[:a],
+        content + some,
+        content[:a] + some + content[b:],
+        content[:b] + content[a:],
+        bytes(changed),
+    ]
     return rng.choice([content, *pieces, b"", b"[" * 10**5])
 
 
@@ -78,11 +113,20 @@ def metadata_of(content: bytes) -> dict[str, str] | None:
 
 
 def changed_tensor(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file of which one tensor has another dtype, shape, numbers or name, or is missing."""
+    """A safetensors file with one tensor of another dtype, shape, numbers or name, or missing."""
     tensors = load(content)
     name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
-    dtype = rng.choice([torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool])
+    dtype = rng.choice(
+        [
+            torch.float64,
+            torch.bfloat16,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.int64,
+            torch.bool,
+        ]
+    )
     changed = [tensor.to(dtype), tensor[None], tensor.flatten(), tensor * torch.nan, tensor * 1e38]
     new = rng.choice(changed + ([tensor[:-1], tensor[:0]] if tensor.dim() else [])).clone()
     new = rng.choice([{name: new}, {"other": tensor}, {"lm_head.weight": new, name: tensor}, {}])
@@ -93,22 +137,54 @@ def changed_value(rng: random.Random, content: bytes) -> bytes:
     """A JSON object of which one value is anything, or missing."""
     found = json.loads(content)
     key = rng.choice(list(found))
-    new = found | {key: anything(rng)} if rng.random() < 0.8 else {k: v for k, v in found.items() if k != key}
+    new = (
+        found | {key: anything(rng)}
+        if rng.random() < 0.8
+        else {k: v for k, v in found.items() if k != key}
+    )
     return json.dumps(new).encode()
 
 
 def header(rng: random.Random, name: str) -> bytes:
     """A file with a header of plausible and of impossible numbers."""
-    dtypes = ["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "C64", "F4", "X"]
+    dtypes = [
+        "F64",
+        "F32",
+        "F16",
+        "BF16",
+        "I64",
+        "U8",
+        "BOOL",
+        "F8_E4M3",
+        "F8_E5M2",
+        "F8_E8M0",
+        "C64",
+        "F4",
+        "X",
+    ]
     tensors = {}
     for tensor in rng.sample([name, "other", text(rng)], rng.choice([1, 1, 2])):
-        shape = [rng.choice([0, 1, 3, 4, 16, 96, 2**40, 2**63, -1]) for _ in range(rng.choice([0, 1, 2, 2, 3]))]
-        offsets = [rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]), rng.choice([0, 256, 1536, 2**40, 2**64])]
+        shape = [
+            rng.choice([0, 1, 3, 4, 16, 96, 2**40, 2**63, -1])
+            for _ in range(rng.choice([0, 1, 2, 2, 3]))
+        ]
+        offsets = [
+            rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]),
+            rng.choice([0, 256, 1536, 2**40, 2**64]),
+        ]
         tensors[tensor] = {"dtype": rng.choice(dtypes), "shape": shape, "data_offsets": offsets}
     if rng.random() < 0.5:  # one that holds together, but for its numbers
-        width, size = rng.choice([("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)])
+        width, size = rng.choice(
+            [("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)]
+        )
         rows, columns = rng.choice([(4, 16), (4, 96), (0, 96), (4, 0)])
-        tensors = {name: {"dtype": width, "shape": [rows, columns], "data_offsets": [0, size * rows * columns]}}
+        tensors = {
+            name: {
+                "dtype": width,
+                "shape": [rows, columns],
+                "data_offsets": [0, size * rows * columns],
+            }
+        }
         body = bytes(rng.choices([0, 60, 127, 128, 255], k=size * rows * columns))
     else:
         body = bytes(rng.choice([0, 256, 1536]))
@@ -126,12 +202,17 @@ def places(tmp_path_factory) -> Path:
     save_adapter(Prefix(torch.randn(model.kv_shape(4))), directory / "prefix", model)
     save_adapter(SoftPrompt(torch.randn(4, C)), directory / "soft_prompt", model)
     for kind in ("prefix", "soft_prompt"):  # as they were saved before there were two fingerprints
-        write_json(directory / kind / "base.json", {"base": "base", "fingerprint": fingerprint(model)})
+        write_json(
+            directory / kind / "base.json", {"base": "base", "fingerprint": fingerprint(model)}
+        )
     newer = directory / "newer"
     write_json(newer / "config.json", {"model_type": "gpt2", "vocab_size": 267})
     write_json(newer / "tokenizer.json", read_two_files(directory / "base"))
-    write_json(newer / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHAT})
-    (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
+    write_json(
+        newer / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHAT}
+    )
+    lines = [json.dumps({"input": letter, "target": "b"}) + "\n" for letter in "acd"]
+    (directory / "data.jsonl").write_text("".join(lines))
     return directory
 
 
@@ -164,27 +245,33 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 
 def check(action, directory: Path, case) -> bool:
-    """-> whether it succeeded. Else it raised a ValueError of our own, and either way no file has changed."""
+    """-> whether it succeeded. Else it raised a ValueError of ours. No file has changed."""
     before, error = contents(directory), None
     try:
         action()
     except BaseException as raised:
         error = raised
-    assert error is None or type(error) is ValueError and len(str(error)) > 20, f"{error!r:.1000} for {case!r:.2000}"
+    assert error is None or type(error) is ValueError and len(str(error)) > 20, (
+        f"{error!r:.1000} for {case!r:.2000}"
+    )
     assert contents(directory) == before, case
     return error is None
 
 
 class Watch:
-    """What Python does to the world outside of it while this is on: files, imports, code from text, processes, sockets."""
+    """What Python does to the world while this is on: files, imports, code, processes, sockets."""
 
     def __init__(self):
         self.on, self.seen = False, set()
         sys.addaudithook(self.note)  # for good: an audit hook cannot be removed
 
     def note(self, event: str, arguments: tuple) -> None:
-        if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")):
-            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments)))
+        if self.on and not event.startswith(
+            ("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")
+        ):
+            self.seen.add(
+                (event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments))
+            )
 
 
 WATCH = Watch()
@@ -249,7 +336,9 @@ def test_bad_lines_of_data(places):
         examples = data.read_jsonl(path, say=str)
         for row, example in zip(data.encode(tokenizer, examples, json.dumps), examples):
             given, said = example.input, json.loads(tokenizer.decode(row.source))
-            assert said == ([{"role": "user", "content": given}] if isinstance(given, str) else given)
+            assert said == (
+                [{"role": "user", "content": given}] if isinstance(given, str) else given
+            )
             assert tokenizer.decode(row.target[:-1]) == example.target
             formats.add(type(given))
         for row, example in zip(data.encode(tokenizer, examples), examples):
@@ -278,7 +367,14 @@ def test_bad_adapters(places, kind):
     check_file(places, kind, "base.json", damaged, use, 50)
     check_file(places, kind, "adapter_model.safetensors", damaged, use, 50)
     check_file(places, kind, "adapter_model.safetensors", changed_tensor, use, 50)
-    check_file(places, kind, "adapter_model.safetensors", lambda rng, _: header(rng, "prompt_embeddings"), use, 100)
+    check_file(
+        places,
+        kind,
+        "adapter_model.safetensors",
+        lambda rng, _: header(rng, "prompt_embeddings"),
+        use,
+        100,
+    )
 
 
 def test_bad_bases(places):
@@ -311,10 +407,26 @@ def test_bad_checkpoints(places):
     def changed_metadata(rng: random.Random, content: bytes) -> bytes:
         metadata = metadata_of(content)
         key = rng.choice(sorted(metadata))
-        values = ["null", "[]", "{}", "0.5", '"2"', "[[]]", "[[0]]", "[[0, 1, 2]]", '[["a", 1]]', "[" * 10**4, "", "\x1b🙂", None]
+        values = [
+            "null",
+            "[]",
+            "{}",
+            "0.5",
+            '"2"',
+            "[[]]",
+            "[[0]]",
+            "[[0, 1, 2]]",
+            '[["a", 1]]',
+            "[" * 10**4,
+            "",
+            "\x1b🙂",
+            None,
+        ]
         value = rng.choice(values) if rng.random() < 0.5 else json.dumps(anything(rng))
         value = str(rng.choice(NUMBERS)) if rng.random() < 0.2 else value
-        return save(load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None})
+        return save(
+            load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None}
+        )
 
     trainee, optimizer = fresh()
     step(trainee, optimizer)
@@ -362,7 +474,7 @@ def flags(program, capsys) -> list[str]:
 
 
 def exits(action) -> None:
-    """As the command does it: what is refused, by argparse or by us, ends with status 2 and a sentence."""
+    """As a program does it: what is refused ends with status 2 and a sentence."""
     try:
         run_command(action)
     except SystemExit as error:
