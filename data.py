@@ -22,11 +22,11 @@ from torch import Tensor
 IGNORE = -100  # the target at positions that are not scored; cross_entropy's default
 TO = 'import csv, gzip, json; open("new.jsonl", "x").writelines(json.dumps(r) + "\\n" for r in '
 OTHER_FILES = {  # how a file begins: what it looks like, and the Python that makes JSONL of it
-    rb"(\xef\xbb\xbf)?\s*\[": 'a JSON array, convert: {to}json.load(open({!r}, "rb")))',
-    rb"\x1f\x8b": "gzip, convert: {to}map(json.loads, gzip.open({!r})))",
-    rb"PAR1": "Parquet, convert: import pyarrow.parquet as p; {to}p.read_table({!r}).to_pylist())",
+    rb"(\xef\xbb\xbf)?\s*\[": 'a JSON array. Convert it: {}json.load(open({!r}, "rb")))',
+    rb"\x1f\x8b": "gzip. Convert it: {}map(json.loads, gzip.open({!r})))",
+    rb"PAR1": "Parquet. Convert it: import pyarrow.parquet as p; {}p.read_table({!r}).to_pylist())",
     rb"[^\n]*[\0-\x06]": "binary data or UTF-16: unpack it, or save it as UTF-8",
-    rb"[^{\n]*,": 'CSV, convert: {to}csv.DictReader(open({!r}, encoding="utf-8-sig")))',
+    rb"[^{\n]*,": 'CSV. Convert it: {}csv.DictReader(open({!r}, encoding="utf-8-sig")))',
 }
 Messages = list[dict[str, str]]  # a conversation, {"role": …, "content": …} a turn
 Template = Callable[[Messages], str] | None  # writes a conversation as its model knows it
@@ -49,13 +49,13 @@ class Batch(NamedTuple):
 
 
 def read_jsonl(path: str | Path, say: Callable[[str], None] = print) -> list[Example]:
-    """JSONL -> examples, one a line. Says which columns are not used."""
+    """JSONL -> examples, one a line. `say` gets a sentence if columns are not used."""
     examples, unused = [], set()
     try:
         with open(path, "rb") as file:
             for beginning, kind in OTHER_FILES.items():
                 if re.match(beginning, file.peek()):  # peek, for a pipe can be read only once
-                    raise ValueError(f"{path} looks like {kind.format(str(path), to=TO)}")
+                    raise ValueError(f"{path} looks like {kind.format(TO, str(path))}")
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     examples.append(read_line(line, f"{path} line {number}", unused))
@@ -69,7 +69,7 @@ def read_jsonl(path: str | Path, say: Callable[[str], None] = print) -> list[Exa
 
 
 def read_line(line: bytes, where: str, unused: set[str]) -> Example:
-    """A line in one of five formats -> its example. Adds the columns that it leaves to `unused`."""
+    """A line in one of five formats -> its example. A line break joins instruction and input."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # a byte-order mark is no part of the text
         json.dumps(row, ensure_ascii=False).encode()  # nor is half of a surrogate pair a character

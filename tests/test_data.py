@@ -153,21 +153,21 @@ def test_another_kind_of_file_gets_python_that_converts_it(tmp_path, monkeypatch
     """Run as it stands, the line writes a file that is read here."""
     path = tmp_path / "it's mine.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path} looks like {kind}, convert: ") as refusal:
+    with pytest.raises(ValueError, match=f"^{path} looks like {kind}. Convert it: ") as refusal:
         read_jsonl(path)
     assert "UTF-8" not in str(refusal.value)
     monkeypatch.chdir(tmp_path)
-    exec(str(refusal.value).split("convert: ")[1])
+    exec(str(refusal.value).split("Convert it: ")[1])
     pairs = [tuple(row.values()) for row in ROWS]
     assert [example[:2] for example in read_jsonl("new.jsonl")] == pairs
     with pytest.raises(FileExistsError):  # and it replaces nothing
-        exec(str(refusal.value).split("convert: ")[1])
+        exec(str(refusal.value).split("Convert it: ")[1])
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"PAR1\x15\x04\x15\x10", "looks like Parquet, convert: import pyarrow.parquet"),
+        (b"PAR1\x15\x04\x15\x10", "looks like Parquet. Convert it: import pyarrow.parquet"),
         (b"PK\x03\x04\x14\x00", "looks like binary data or UTF-16: unpack it"),
         (b"\x28\xb5\x2f\xfd\x04,", "looks like binary data or UTF-16: unpack it"),
         (b"\x00" * 10**7, "looks like binary data or UTF-16: unpack it"),
