@@ -1,8 +1,8 @@
 """The Llama family behind the hooks of model.py: Llama 2 and 3, SmolLM2, Qwen2 and Qwen3.
 
-What differs from GPT-2, and nothing else does: positions turn queries and keys instead of being added to the input, so
-keys enter the cache turned; several heads of queries share keys and values; RMSNorm for LayerNorm; SwiGLU for the MLP.
-A prefix learns keys as they are in the cache, so what prefix.py needs to know is `kv_shape`.
+Four things differ from GPT-2. Positions turn queries and keys, so keys enter the cache turned.
+Several heads of queries share keys and values. RMSNorm is the norm, and SwiGLU the MLP. A prefix
+learns keys as they are in the cache, so `kv_shape` is all that it needs to know.
 
 Symbols: those of model.py, and K for n_kv_head, the heads of keys and values.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import KV, Block, Decoder, append_past, attend, past_length
+from model import KV, Block, Decoder, append_past, attend
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class LlamaConfig:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
-    rope_scaling: tuple[float, float, float, int] | None = None  # Llama 3: factor, low and high frequency, first context
+    rope_scaling: tuple | None = None  # Llama 3: factor, low and high frequency, first context
     tied: bool = True  # the head is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
 
 
 def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """-> (D/2,) radians that each pair of a head turns a position: 1 for the first, 1/theta or so for the last."""
+    """-> (D/2,) radians a position: 1 for the first pair of a head, about 1/theta for the last."""
     pairs = torch.arange(0, config.head_dim, 2, device=device).float()
     turns = 1 / config.rope_theta ** (pairs / config.head_dim)
-    if config.rope_scaling:  # Llama 3 slows the pairs that turn seldom, leaves those that turn often
+    if config.rope_scaling:  # Llama 3 slows the pairs that turn seldom, not those that turn often
         factor, low, high, first_context = config.rope_scaling
         rounds = first_context * turns / (2 * math.pi)  # in the context it was first trained on
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
@@ -49,7 +49,7 @@ def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, P: int, turns: Tensor) -> Tensor:
-    """(B, heads, T, D) -> the same, each pair (i, i + D/2) turned by (P + t) · turns[i] (Su et al. 2021)."""
+    """(B, heads, T, D) -> the same, pairs (i, i + D/2) turned by (P + t) · turns[i] (Su 2021)."""
     positions = torch.arange(P, P + x.size(2), device=x.device).float()
     angles = torch.outer(positions, turns)  # (T, D/2), in float32
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -60,7 +60,7 @@ def rotate(x: Tensor, P: int, turns: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        c, self.config = config, config
+        c = self.config = config
         self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
@@ -70,9 +70,10 @@ class Attention(nn.Module):
         self.attend = attend
 
     def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        """(B, T, C) -> (B, T, C), and the turned keys and the values of all S positions, (B, K, S, D)."""
-        P, turns = past_length([past] if past else None), frequencies(self.config, x.device)
-        q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        """(B, T, C) -> (B, T, C), and the turned keys and the values of all S positions."""
+        P = past[0].size(2) if past else 0
+        turns = frequencies(self.config, x.device)
+        q, k, v = map(self.split_heads, (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k = rotate(self.q_norm(q), P, turns), rotate(self.k_norm(k), P, turns)
         k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, K, S, D)
         # H/K heads share keys and values: to `attend`, they are more queries of one head
@@ -102,15 +103,17 @@ class Llama(Decoder):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.n_shared = config.n_head // config.n_kv_head
         norm = partial(nn.RMSNorm, config.n_embd, config.rms_norm_eps)
-        blocks = [Block(norm(), Attention(config), norm(), SwiGLU(config)) for _ in range(config.n_layer)]
-        self.h = nn.ModuleList(blocks)
+        self.h = nn.ModuleList()
+        for _ in range(config.n_layer):
+            self.h.append(Block(norm(), Attention(config), norm(), SwiGLU(config)))
         self.ln_f = norm()
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    @property
-    def head(self) -> Tensor:
-        return self.wte.weight if self.config.tied else self.lm_head.weight
+    head = property(lambda self: self.wte.weight if self.config.tied else self.lm_head.weight)
+
+    def add_positions(self, x: Tensor, P: int) -> Tensor:
+        return x  # attention turns queries and keys instead
 
     def kv_shape(self, n_virtual: int) -> tuple[int, ...]:
         return n_virtual, self.config.n_layer, 2, self.config.n_kv_head, self.config.head_dim

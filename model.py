@@ -66,12 +66,13 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.attend = attend  # an attribute, so that inspection can look at the weights on their way
+        self.attend = attend  # an attribute: whoever wants to see the weights replaces it
 
     def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
         """(B, T, C) -> (B, T, C), and the keys and values of all S positions."""
-        q, k, v = self.c_attn(x).unflatten(-1, (3 * self.n_head, -1)).transpose(1, 2).chunk(3, dim=1)
-        k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, H, S, D)
+        heads = self.c_attn(x).unflatten(-1, (3 * self.n_head, -1))  # (B, T, 3 · H, D)
+        q, k, v = heads.transpose(1, 2).chunk(3, dim=1)  # (B, H, T, D) each
+        k, v = append_past(past, k, v)  # (B, H, S, D)
         y = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
@@ -101,7 +102,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What GPT-2 and its descendants share. A family adds config, wte, h and ln_f."""
+    """What GPT-2 and its heirs share. A family adds config, wte, add_positions, h and ln_f."""
 
     name = "an unsaved model"  # what messages call it; load_base puts the directory here
     n_shared = 1  # heads that share their keys and values: none here, some in a Llama
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
     head = property(lambda self: self.wte.weight)  # (V, C): hidden @ head.T are the logits
 
     def kv_shape(self, n_virtual: int) -> tuple[int, ...]:
-        """-> (P, L, 2, H, D) of the keys and values of P tokens: all that a prefix needs to know."""
+        """-> (P, L, 2, H, D), the shape of P tokens' keys and values. A prefix asks for no more."""
         c = self.config
         return n_virtual, c.n_layer, 2, c.n_head, c.n_embd // c.n_head
 
@@ -119,8 +120,10 @@ class Decoder(nn.Module):
         hidden, cache = self.forward_embeddings(self.wte(idx), past_kv)
         return hidden @ self.head.T, cache
 
-    def forward_embeddings(self, x: Tensor, past_kv: KVCache | None = None) -> tuple[Tensor, KVCache]:
-        """(B, T, C) vectors, of tokens or learned -> (B, T, C) hidden states after ln_f, and the cache.
+    def forward_embeddings(
+        self, x: Tensor, past_kv: KVCache | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """(B, T, C) token vectors, real or learned -> (B, T, C) states after ln_f, and the cache.
 
         The new positions are P … P + T - 1. Raises ValueError if P + T > block_size.
         """
@@ -135,13 +138,11 @@ class Decoder(nn.Module):
             cache.append(kv)
         return self.ln_f(x), cache
 
-    def add_positions(self, x: Tensor, P: int) -> Tensor:
-        return x  # GPT-2 adds its positions here; a Llama turns its queries and keys instead
-
     @torch.no_grad()
     def generate(
-        self, idx: Tensor, max_new_tokens: int, past_kv: KVCache | None = None, temperature: float = 0.0,
-        top_k: int | None = None, stop_token: int | None = None, generator: torch.Generator | None = None,
+        self, idx: Tensor, max_new_tokens: int, past_kv: KVCache | None = None,
+        temperature: float = 0.0, top_k: int | None = None, stop_token: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T) ids -> (B, T + new) ids, new ≤ max_new_tokens.
 
@@ -177,8 +178,9 @@ class GPT(Decoder):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         norm = partial(nn.LayerNorm, config.n_embd, config.layer_norm_epsilon)
-        blocks = [Block(norm(), Attention(config), norm(), MLP(config)) for _ in range(config.n_layer)]
-        self.h = nn.ModuleList(blocks)
+        self.h = nn.ModuleList()
+        for _ in range(config.n_layer):
+            self.h.append(Block(norm(), Attention(config), norm(), MLP(config)))
         self.ln_f = norm()
 
     def add_positions(self, x: Tensor, P: int) -> Tensor:
@@ -200,8 +202,4 @@ def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None
 
 def rows_of(caches: list[KVCache]) -> KVCache:
     """N caches of batch 1 and one length -> one of batch N: each row has its own past."""
-    lengths = [past_length(cache) for cache in caches]
-    if len(set(lengths)) > 1:
-        reason = f"pasts of {lengths} positions cannot be rows of one batch"
-        raise ValueError(f"{reason}: give adapters of one length")
     return [tuple(torch.cat(tensors) for tensors in zip(*layer)) for layer in zip(*caches)]

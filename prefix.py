@@ -22,7 +22,7 @@ class Prefix(nn.Module):
     """P virtual tokens as learned keys and values, (P, L, 2, H, D)."""
 
     def __init__(self, kv: Tensor):
-        """(P, L, 2, H, D): token, layer, key or value, head, width -> a prefix that starts there."""
+        """(P, L, 2, H, D): token, layer, key or value, head, width -> a prefix that starts so."""
         super().__init__()
         self.start = nn.Parameter(trainable(kv))
         self.mlp = None
@@ -38,7 +38,7 @@ class Prefix(nn.Module):
 
     @classmethod
     def text(cls, model: Decoder, ids: Tensor) -> "Prefix":
-        """(P,) ids -> the keys and values that the model computes for a real text (Li & Liang §6.5).
+        """(P,) ids -> the keys and values the model computes for this text (Li & Liang §6.5).
 
         Untrained, it acts exactly as that text in the context would: a start that the model knows.
         """
@@ -47,7 +47,7 @@ class Prefix(nn.Module):
 
     @classmethod
     def random(cls, model: Decoder, P: int, generator: torch.Generator | None = None) -> "Prefix":
-        """-> P rows from N(0, 0.02²), the scale of GPT-2's weights. The model never met such keys."""
+        """-> P rows from N(0, 0.02²), the scale of GPT-2's weights. No text has such keys."""
         return cls(0.02 * torch.randn(model.kv_shape(P), generator=generator).to(model.device))
 
     @classmethod
@@ -91,7 +91,7 @@ class Prefix(nn.Module):
         shape, needed = tuple(self.start.shape), model.kv_shape(len(self.start))
         if shape != needed:
             sizes = f"(P, L, 2, H, D) = {shape}, but {model.name} needs {needed}"
-            raise ValueError(f"the prefix has {sizes}: load it onto the base that it was trained on")
+            raise ValueError(f"the prefix has {sizes}: load it onto its own base")
         layers = self.kv().to(model.dtype).movedim(0, 3)[:, :, None]  # (L, 2, 1, H, P, D)
         if past_kv is None:
             return [(k, v) for k, v in layers]

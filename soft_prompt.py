@@ -13,7 +13,7 @@ itself computes the cache from it, layer by layer, so P · C numbers steer all L
                └───────────────────┴───────────────────┘
                     (1, P, C)           (B, T, C)
 
-The vectors go through the model at batch 1, once a step. Attention broadcasts their cache to all rows.
+The vectors go through the model at batch 1, once a step. All rows of the batch share their cache.
 """
 
 import torch
@@ -37,13 +37,15 @@ class SoftPrompt(nn.Module):
         return cls(model.wte(ids))
 
     @classmethod
-    def random(cls, model: Decoder, P: int, generator: torch.Generator | None = None) -> "SoftPrompt":
+    def random(
+        cls, model: Decoder, P: int, generator: torch.Generator | None = None
+    ) -> "SoftPrompt":
         """-> P vectors uniform in ±0.5 (Lester et al. §3.2)."""
         return cls(torch.rand(P, model.config.n_embd, generator=generator).to(model.device) - 0.5)
 
     @classmethod
     def zero(cls, model: Decoder, P: int) -> "SoftPrompt":
-        """-> P vectors of zeros. Their positions tell them apart, unlike the rows of a zero prefix."""
+        """-> P vectors of zeros. Their positions tell them apart; a zero prefix has none."""
         return cls(torch.zeros(P, model.config.n_embd, device=model.device))
 
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
@@ -54,7 +56,7 @@ class SoftPrompt(nn.Module):
         (P, C), width = self.vectors.shape, model.config.n_embd
         if C != width:
             sizes = f"vectors of {C} numbers, but {model.name} has n_embd {width}"
-            raise ValueError(f"the soft prompt has {sizes}: load it onto the base that it was trained on")
+            raise ValueError(f"the soft prompt has {sizes}: load it onto its own base")
         B = past_kv[0][0].size(0) if past_kv else 1
         vectors = self.vectors.to(model.dtype).expand(B, P, C)
         _, cache = model.forward_embeddings(vectors, past_kv)

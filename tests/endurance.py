@@ -1,6 +1,6 @@
-"""Tune a prefix for 20,000 steps, with looks at validation data and checkpoints on the way: its memory must not grow.
+"""Tune a prefix for 20,000 steps, with looks and checkpoints on the way: its memory must not grow.
 
-    python tests/endurance.py       some minutes on two cores; Linux only
+python tests/endurance.py       some minutes on two cores; Linux only
 """
 
 import contextlib
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from small_base import pretrain  # noqa: E402
 
 STEPS, ROUNDS = 20_000, 10
 
@@ -36,11 +37,11 @@ def main() -> None:
 
     train.target_hidden = counted
     with tempfile.TemporaryDirectory() as folder:
-        base = ["--base", f"{folder}/base", "--device", "cpu"]
-        run = ["--batch-size", "2", "--steps", str(STEPS), "--eval-every", "1000", "--save-every", "1000"]
+        base, out = f"{folder}/base", f"{folder}/out"
+        run = ["--base", base, "--device", "cpu", "--lr", "0.03", "--batch-size", "2", "--out", out]
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(["--method", "pretrain", "--steps", "20", "--device", "cpu", "--out", f"{folder}/base"])
-            train.main([*run, *base, "--out", f"{folder}/out"])
+            pretrain.main(["--steps", "20", "--device", "cpu", "--out", base])
+            train.main([*run, "--steps", str(STEPS), "--eval-every", "1000"])
     print(f"MB after each {STEPS // ROUNDS} steps:", *(f"{megabyte:.1f}" for megabyte in megabytes))
     if megabytes[-1] > 1.01 * megabytes[0]:
         sys.exit("the process grew")

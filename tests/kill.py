@@ -1,13 +1,15 @@
-"""Kill a run at thirty seeded moments, start it again with --resume: it must end bit for bit where an undisturbed one does.
+"""Kill a run at thirty seeded moments and start it again. It must end as an undisturbed one does.
 
     python tests/kill.py            about five minutes on two cores; --moments N for fewer
 
-Half of the moments are points in time, half are touches of a file: before the n-th opening, renaming or removing below the
-working folder the process kills itself, so that saving is met at every stage; the writer's own temporary files count, too.
-After each kill, whatever lies there must load. All that a kill may leave behind in the end are such files, `.….new`.
+Half of the moments are points in time. The others are touches of a file: before the n-th opening,
+renaming or removing below the working folder, the process kills itself. So saving is met at every
+stage. After each kill, whatever lies there must load. In the end every file is the same to the bit.
+A kill may leave only the writer's own temporary files behind, `.….new`.
 """
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -20,17 +22,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from safetensors import safe_open  # noqa: E402
 
 import train  # noqa: E402
+from command.models import load_adapters  # noqa: E402
 from storage.base import load_base  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
-# The run: it pretrains a base, briefly, tunes a prefix through its MLP, and leaves many checkpoints on the way
-FLAGS = "--mid-dim 4 --steps 40 --save-every 3 --eval-every 20 --batch-size 2 --device cpu --resume".split()
+# The run pretrains a base, briefly, tunes a prefix through its MLP, and leaves many checkpoints
+FLAGS = "--mid-dim 4 --steps 40 --eval-every 3 --batch-size 2 --device cpu".split()
+OUT = "out/sentence/prefix"
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 fatal, touches, own = int(sys.argv[2]), 0, 0
-import train
-train.RECIPES["pretrain"] = train.RECIPES["pretrain"]._replace(steps=10)
+import functools
+import command.models, train
+command.models.pretrain = functools.partial(command.models.pretrain, steps=10)
 
 def count(event, arguments):
     global touches, own
@@ -47,22 +52,27 @@ print(touches, own)
 
 
 def start(folder: Path, fatal: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-c", CHILD, str(Path(train.__file__).parent), str(fatal), *FLAGS]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    root, checkpoint = str(Path(train.__file__).parent), folder / OUT / "checkpoint.safetensors"
+    resume = ["--resume"] if checkpoint.exists() else []
+    command = [sys.executable, "-c", CHILD, root, str(fatal), *FLAGS, *resume]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def check_what_is_there(folder: Path) -> str:
-    """-> what was found, after loading it: a base, a checkpoint, an adapter, and files of the killed writer."""
-    base, out, found = folder / "out/base", folder / "out/sentence/prefix", []
+    """-> what was found and loads: a base, a checkpoint, an adapter, half-written files."""
+    base, out, found = folder / "out/base", folder / OUT, []
     if (base / "config.json").exists():
-        model = load_base(base).freeze()
+        model = load_base(base)
         load_tokenizer(base)
         found.append("a base")
     if (out / "checkpoint.safetensors").exists():
         with safe_open(out / "checkpoint.safetensors", "pt") as opened:
-            found.append(f"a checkpoint of step {opened.metadata()['step']}")
+            step = json.loads(opened.metadata()["metrics"])[-1]["step"]
+        found.append(f"a checkpoint of step {step}")
     if (out / "adapter_config.json").exists():
-        train.load_adapters(out, model)
+        load_adapters(out, model)
         found.append("an adapter")
     found += ["a half-written file"] * len(list(folder.rglob(".*.new")))
     return ", ".join(found) or "nothing yet"
@@ -70,12 +80,17 @@ def check_what_is_there(folder: Path) -> str:
 
 def result(folder: Path) -> dict[str, bytes]:
     """-> every file of the run, by its name, but for the writer's own."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not (path.name.startswith(".") and name.endswith(".new"))}
+    files = {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    whole = {name: path for name, path in files.items() if not path.match(".*.new")}
+    return {name: path.read_bytes() for name, path in whole.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--moments", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -87,15 +102,18 @@ def main() -> None:
         printed, _ = start(undisturbed).communicate()
         seconds, expected = time.perf_counter() - begin, result(undisturbed)
         touches, own = map(int, printed.splitlines()[-1].split())
-        print(f"undisturbed: {seconds:.1f} s, {touches} touches of files, {own} of them temporary; {len(expected)} files in the end")
+        counts = f"{touches} touches of files, {own} of them temporary"
+        print(f"undisturbed: {seconds:.1f} s, {counts}; {len(expected)} files in the end")
         for moment in range(args.moments):
             folder = Path(temporary) / str(moment)
             folder.mkdir()
             if moment % 2:
-                when = f"at touch {(fatal := rng.randint(1, touches))}"
+                fatal = rng.randint(1, touches)
+                when = f"at touch {fatal}"
                 start(folder, fatal).communicate()
             else:
-                when = f"after {(pause := rng.uniform(0, seconds)):.1f} s"
+                pause = rng.uniform(0, seconds)
+                when = f"after {pause:.1f} s"
                 process = start(folder)
                 time.sleep(pause)
                 process.kill()
@@ -103,8 +121,10 @@ def main() -> None:
             found = check_what_is_there(folder)
             printed, _ = start(folder).communicate()
             got = result(folder)
-            other = [name for name in sorted(got.keys() | expected) if got.get(name) != expected.get(name)]
-            print(f"killed {when}: {found}; started again, {'ANOTHER END' if other else 'the same to the last bit'}", flush=True)
+            names = sorted(got.keys() | expected)
+            other = [name for name in names if got.get(name) != expected.get(name)]
+            end = "ANOTHER END" if other else "the same to the last bit"
+            print(f"killed {when}: {found}; started again, {end}", flush=True)
             if other:
                 sys.exit(f"{printed}\nnot as in the undisturbed run: {', '.join(other)}")
 

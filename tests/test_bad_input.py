@@ -1,6 +1,6 @@
-"""What bad input gets: success, or one sentence. Never a traceback, a hang, gigabytes, or a changed file.
+"""What bad input gets: success, or one sentence. No traceback, hang, gigabytes or changed file.
 
-The cases are drawn anew from a seed each time; a failure prints the case, and running its test again shows it again.
+The cases are drawn by a seed. A failure prints its case, and running the test again shows it again.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import runpy
 import struct
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from conftest import C, H, random_ids
 from safetensors.torch import load, save
 
 import data
+import generate
 import train
-from command.flags import parse
-from command.process import run_command
+from command.console import run_command
+from command.flags import RECIPES, generate_flags, train_flags
 from model import GPT, GPTConfig
 from prefix import Prefix
 from small_base.pretrain import train_bpe
@@ -38,15 +40,44 @@ except ImportError:  # on Windows
     resource = None
 
 BLOCK = 40
-CHAT = "{% for message in messages %}{{ message.role + ': ' + message.content | trim }}{{ eos_token }}{% endfor %}"
-ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()", "os.abort"]
-NUMBERS = [0, 1, 2, 3, 7, 8, 16, 257, 2**31, 2**63 - 1, 2**64, 10**30, -1, 1.5, 1e308, float("nan"), float("inf")]
+CHAT = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content | trim }}"
+    "{{ eos_token }}{% endfor %}"
+)
+ELSEWHERE = [
+    "/etc/passwd",
+    "../data.jsonl",
+    "https://example.com/x",
+    "__import__('os').abort()",
+    "os.abort",
+]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    16,
+    257,
+    2**31,
+    2**63 - 1,
+    2**64,
+    10**30,
+    -1,
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+]
 
 
 def text(rng: random.Random) -> str:
-    """Characters of every plane of Unicode, control characters and halves of surrogate pairs among them."""
+    """Characters of every plane of Unicode, with control characters and halves of pairs."""
     starts = [0, 0, 0x80, 0x2000, 0xD7F0, 0xFFF0, *range(0x10000, 0x110000, 0x10000)]
-    return "".join(chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(rng.choice([0, 1, 3, 20])))
+    return "".join(
+        chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(rng.choice([0, 1, 3, 20]))
+    )
 
 
 def anything(rng: random.Random, depth: int = 3):
@@ -60,13 +91,19 @@ def anything(rng: random.Random, depth: int = 3):
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
-    """Truncated, extended, a few bytes changed, a piece repeated, emptied, nested without end, or left alone."""
+    """Cut, extended, changed in places, repeated in part, emptied, nested without end, or whole."""
     a, b = sorted(rng.choices(range(len(content) + 1), k=2))
     some = bytes(rng.choices(range(256), k=rng.choice([1, 8, 100])))
     changed = bytearray(content)
     for _ in range(rng.choice([1, 5])):
         changed[rng.randrange(len(changed))] = rng.randrange(256)
-    pieces = [content[:a], content + some, content[:a] + some + content[b:], content[:b] + content[a:], bytes(changed)]
+    pieces = [
+        content[:a],
+        content + some,
+        content[:a] + some + content[b:],
+        content[:b] + content[a:],
+        bytes(changed),
+    ]
     return rng.choice([content, *pieces, b"", b"[" * 10**5])
 
 
@@ -76,11 +113,20 @@ def metadata_of(content: bytes) -> dict[str, str] | None:
 
 
 def changed_tensor(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file of which one tensor has another dtype, shape, numbers or name, or is missing."""
+    """A safetensors file with one tensor of another dtype, shape, numbers or name, or missing."""
     tensors = load(content)
     name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
-    dtype = rng.choice([torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool])
+    dtype = rng.choice(
+        [
+            torch.float64,
+            torch.bfloat16,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.int64,
+            torch.bool,
+        ]
+    )
     changed = [tensor.to(dtype), tensor[None], tensor.flatten(), tensor * torch.nan, tensor * 1e38]
     new = rng.choice(changed + ([tensor[:-1], tensor[:0]] if tensor.dim() else [])).clone()
     new = rng.choice([{name: new}, {"other": tensor}, {"lm_head.weight": new, name: tensor}, {}])
@@ -91,22 +137,54 @@ def changed_value(rng: random.Random, content: bytes) -> bytes:
     """A JSON object of which one value is anything, or missing."""
     found = json.loads(content)
     key = rng.choice(list(found))
-    new = found | {key: anything(rng)} if rng.random() < 0.8 else {k: v for k, v in found.items() if k != key}
+    new = (
+        found | {key: anything(rng)}
+        if rng.random() < 0.8
+        else {k: v for k, v in found.items() if k != key}
+    )
     return json.dumps(new).encode()
 
 
 def header(rng: random.Random, name: str) -> bytes:
     """A file with a header of plausible and of impossible numbers."""
-    dtypes = ["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "C64", "F4", "X"]
+    dtypes = [
+        "F64",
+        "F32",
+        "F16",
+        "BF16",
+        "I64",
+        "U8",
+        "BOOL",
+        "F8_E4M3",
+        "F8_E5M2",
+        "F8_E8M0",
+        "C64",
+        "F4",
+        "X",
+    ]
     tensors = {}
     for tensor in rng.sample([name, "other", text(rng)], rng.choice([1, 1, 2])):
-        shape = [rng.choice([0, 1, 3, 4, 16, 96, 2**40, 2**63, -1]) for _ in range(rng.choice([0, 1, 2, 2, 3]))]
-        offsets = [rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]), rng.choice([0, 256, 1536, 2**40, 2**64])]
+        shape = [
+            rng.choice([0, 1, 3, 4, 16, 96, 2**40, 2**63, -1])
+            for _ in range(rng.choice([0, 1, 2, 2, 3]))
+        ]
+        offsets = [
+            rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]),
+            rng.choice([0, 256, 1536, 2**40, 2**64]),
+        ]
         tensors[tensor] = {"dtype": rng.choice(dtypes), "shape": shape, "data_offsets": offsets}
     if rng.random() < 0.5:  # one that holds together, but for its numbers
-        width, size = rng.choice([("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)])
+        width, size = rng.choice(
+            [("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)]
+        )
         rows, columns = rng.choice([(4, 16), (4, 96), (0, 96), (4, 0)])
-        tensors = {name: {"dtype": width, "shape": [rows, columns], "data_offsets": [0, size * rows * columns]}}
+        tensors = {
+            name: {
+                "dtype": width,
+                "shape": [rows, columns],
+                "data_offsets": [0, size * rows * columns],
+            }
+        }
         body = bytes(rng.choices([0, 60, 127, 128, 255], k=size * rows * columns))
     else:
         body = bytes(rng.choice([0, 256, 1536]))
@@ -118,18 +196,23 @@ def header(rng: random.Random, name: str) -> bytes:
 def places(tmp_path_factory) -> Path:
     """A tiny base with ten merges, and an adapter of each kind."""
     directory = tmp_path_factory.mktemp("bad")
-    model = GPT(GPTConfig(267, BLOCK, 3, H, C)).freeze()
+    model = GPT(GPTConfig(267, BLOCK, 3, H, C)).requires_grad_(False)
     save_base(model, directory / "base")
     save_tokenizer(directory / "base", train_bpe(["the cat sat on the mat"] * 9, 10))
     save_adapter(Prefix(torch.randn(model.kv_shape(4))), directory / "prefix", model)
     save_adapter(SoftPrompt(torch.randn(4, C)), directory / "soft_prompt", model)
     for kind in ("prefix", "soft_prompt"):  # as they were saved before there were two fingerprints
-        write_json(directory / kind / "base.json", {"base": "base", "fingerprint": fingerprint(model)})
+        write_json(
+            directory / kind / "base.json", {"base": "base", "fingerprint": fingerprint(model)}
+        )
     newer = directory / "newer"
     write_json(newer / "config.json", {"model_type": "gpt2", "vocab_size": 267})
     write_json(newer / "tokenizer.json", read_two_files(directory / "base"))
-    write_json(newer / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHAT})
-    (directory / "data.jsonl").write_text('{"input": "a", "target": "b"}\n' * 3)
+    write_json(
+        newer / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHAT}
+    )
+    lines = [json.dumps({"input": letter, "target": "b"}) + "\n" for letter in "acd"]
+    (directory / "data.jsonl").write_text("".join(lines))
     return directory
 
 
@@ -138,7 +221,10 @@ def memory():
     """Less than a GB more than before, where the platform can tell."""
 
     def peak() -> int:
-        return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if resource is None:
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = peak()
     yield
@@ -159,27 +245,33 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 
 def check(action, directory: Path, case) -> bool:
-    """-> whether it succeeded. Else it raised a ValueError of our own, and either way no file has changed."""
+    """-> whether it succeeded. Else it raised a ValueError of ours. No file has changed."""
     before, error = contents(directory), None
     try:
         action()
     except BaseException as raised:
         error = raised
-    assert error is None or type(error) is ValueError and len(str(error)) > 20, f"{error!r:.1000} for {case!r:.2000}"
+    assert error is None or type(error) is ValueError and len(str(error)) > 20, (
+        f"{error!r:.1000} for {case!r:.2000}"
+    )
     assert contents(directory) == before, case
     return error is None
 
 
 class Watch:
-    """What Python does to the world outside of it while this is on: files, imports, code from text, processes, sockets."""
+    """What Python does to the world while this is on: files, imports, code, processes, sockets."""
 
     def __init__(self):
         self.on, self.seen = False, set()
         sys.addaudithook(self.note)  # for good: an audit hook cannot be removed
 
     def note(self, event: str, arguments: tuple) -> None:
-        if self.on and not event.startswith(("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")):
-            self.seen.add((event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments)))
+        if self.on and not event.startswith(
+            ("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")
+        ):
+            self.seen.add(
+                (event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments))
+            )
 
 
 WATCH = Watch()
@@ -243,7 +335,9 @@ def test_bad_lines_of_data(places):
         examples = data.read_jsonl(path, say=str)
         for row, example in zip(data.encode(tokenizer, examples, json.dumps), examples):
             given, said = example.input, json.loads(tokenizer.decode(row.source))
-            assert said == ([{"role": "user", "content": given}] if isinstance(given, str) else given)
+            assert said == (
+                [{"role": "user", "content": given}] if isinstance(given, str) else given
+            )
             assert tokenizer.decode(row.target[:-1]) == example.target
             formats.add(type(given))
         for row, example in zip(data.encode(tokenizer, examples), examples):
@@ -272,7 +366,14 @@ def test_bad_adapters(places, kind):
     check_file(places, kind, "base.json", damaged, use, 50)
     check_file(places, kind, "adapter_model.safetensors", damaged, use, 50)
     check_file(places, kind, "adapter_model.safetensors", changed_tensor, use, 50)
-    check_file(places, kind, "adapter_model.safetensors", lambda rng, _: header(rng, "prompt_embeddings"), use, 100)
+    check_file(
+        places,
+        kind,
+        "adapter_model.safetensors",
+        lambda rng, _: header(rng, "prompt_embeddings"),
+        use,
+        100,
+    )
 
 
 def test_bad_bases(places):
@@ -296,23 +397,41 @@ def test_bad_checkpoints(places):
 
     def use(directory: Path) -> None:
         trainee, optimizer = fresh()
-        done, curve = Checkpoint(directory / "checkpoint.safetensors", settings, True).load(trainee, optimizer)
-        list(islice([], done, None))  # as training goes on there
-        assert f"{curve[-1][1]:.3f}" and trainee[0].vectors.shape == (2, C)
+        checkpoint = Checkpoint(directory, settings, resume=True, keep_best=False)
+        metrics = checkpoint.restore(trainee, optimizer)
+        list(islice([], metrics[-1]["step"], None))  # as training goes on there
+        assert trainee[0].vectors.shape == (2, C)
         step(trainee, optimizer)
 
     def changed_metadata(rng: random.Random, content: bytes) -> bytes:
         metadata = metadata_of(content)
         key = rng.choice(sorted(metadata))
-        values = ["null", "[]", "{}", "0.5", '"2"', "[[]]", "[[0]]", "[[0, 1, 2]]", '[["a", 1]]', "[" * 10**4, "", "\x1b🙂", None]
+        values = [
+            "null",
+            "[]",
+            "{}",
+            "0.5",
+            '"2"',
+            "[[]]",
+            "[[0]]",
+            "[[0, 1, 2]]",
+            '[["a", 1]]',
+            "[" * 10**4,
+            "",
+            "\x1b🙂",
+            None,
+        ]
         value = rng.choice(values) if rng.random() < 0.5 else json.dumps(anything(rng))
         value = str(rng.choice(NUMBERS)) if rng.random() < 0.2 else value
-        return save(load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None})
+        return save(
+            load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None}
+        )
 
     trainee, optimizer = fresh()
     step(trainee, optimizer)
     (places / "run").mkdir()
-    Checkpoint(places / "run" / "checkpoint.safetensors", settings, False).save(trainee, optimizer, 1, [(0, 1.0)])
+    metrics = [{"step": 0, "lr": 0.1, "validation": 1.0}, {"step": 1, "loss": 1.0}]
+    Checkpoint(places / "run", settings, False, False).save(trainee, optimizer, metrics)
     check_file(places, "run", "checkpoint.safetensors", damaged, use, 50)
     check_file(places, "run", "checkpoint.safetensors", changed_tensor, use, 100)
     check_file(places, "run", "checkpoint.safetensors", changed_metadata, use, 100)
@@ -341,16 +460,20 @@ def test_bad_chat_templates(places):
     check_file(places, "newer", "chat_template.jinja", damaged, use, 100, inert=False)
 
 
-def flags(capsys) -> list[str]:
-    """-> all that the command line knows, but what sets the size of a run or names a file to write."""
+PROGRAMS = {train: train_flags, generate: generate_flags}
+
+
+def flags(program, capsys) -> list[str]:
+    """-> all that a program knows, but what sets the size of a run or names a place to write to."""
     with pytest.raises(SystemExit, match="0"):
-        parse(["--help"], train.__doc__, train.RECIPES)
+        PROGRAMS[program](program.__doc__, ["--help"])
     found = set(re.findall(r"--[a-z]+[a-z-]*", capsys.readouterr().out))
-    return sorted(found - {"--help", "--steps", "--batch-size", "--out", "--predict"})
+    sizes, places = {"--steps", "--batch-size"}, {"--out", "--predict", "--export"}
+    return sorted(found - {"--help"} - sizes - places)
 
 
 def exits(action) -> None:
-    """As the command does it: what is refused, by argparse or by us, ends with status 2 and a sentence."""
+    """As a program does it: what is refused ends with status 2 and a sentence."""
     try:
         run_command(action)
     except SystemExit as error:
@@ -358,29 +481,39 @@ def exits(action) -> None:
         raise ValueError("the sentence has been printed") from None
 
 
-def test_bad_flags(places, capsys):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_bad_flags(places, capsys, program):
     """400 command lines of flags with a value, several or none."""
-    rng, names, outcomes = random.Random(0), flags(capsys), set()
-    words = ["1", "0", "-1", "8", "1e-3", "nan", "1e999", "9" * 30, "text", "zero", "prefix", "both", "full", "none", "chat", ""]
+    rng, names, outcomes = random.Random(0), flags(program, capsys), set()
+    words = ["1", "0", "-1", "8", "1e-3", "nan", "1e999", "9" * 30, "text", "zero", "chat", ""]
+    words += ["none", *RECIPES]
     for _ in range(400):
         argv = []
         for name in rng.sample(names, rng.randrange(1, 6)):
             argv += [name, *rng.choices([*words, text(rng)], k=rng.choice([0, 1, 1, 1, 1, 2]))]
-        outcomes.add(check(lambda: exits(lambda: parse(argv, train.__doc__, train.RECIPES)), places, argv))
+        parse = partial(PROGRAMS[program], program.__doc__, argv)
+        outcomes.add(check(partial(exits, parse), places, argv))
     assert outcomes == {True, False}
 
 
-def test_bad_runs(places, tmp_path, monkeypatch, capsys):
-    """100 runs of one step with files, numbers and texts in the wrong places."""
-    rng, names, outcomes = random.Random(0), flags(capsys), set()
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_bad_runs(places, tmp_path, monkeypatch, capsys, program):
+    """60 short runs with files, numbers and texts in the wrong places."""
+    rng, names, outcomes = random.Random(0), flags(program, capsys), set()
     monkeypatch.chdir(tmp_path)
-    files = [str(places / name) for name in ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")]
-    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "both", "soft_prompt", "full", "none", "chat", "cpu", "cpu:x"]
-    words += ["", "9" * 30, "1e308", "1e38", *files]
-    for _ in range(100):
-        argv = ["--base", files[0], "--data", files[1], "--steps", "1", "--batch-size", "2", "--out", "out"]
+    inside = ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")
+    files = [str(places / name) for name in inside]
+    words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "none", "chat", "cpu", "cpu:x"]
+    words += ["", "9" * 30, "1e308", "1e38", *RECIPES, *files]
+    for i in range(60):
+        argv = ["--base", files[0], "--batch-size", "2"]
+        if program is train:
+            argv += ["--data", files[1], "--steps", "1", "--lr", "0.1", "--out", f"out/{i}"]
+            argv += rng.choice([[], ["--init-text", text(rng)]])
+        else:
+            argv += rng.choice([["--data", files[1]], ["--prompt", text(rng)]])
+            argv += rng.choice([[], ["--adapter", rng.choice(files)]])
         argv += [rng.choice(names), rng.choice([*words, text(rng)])]
-        prompt = ["--prompt", text(rng)]
-        argv += rng.choice([[], ["--init-text", text(rng)], prompt, [*prompt, "--adapter", rng.choice(files)]])
-        outcomes.add(check(lambda: exits(lambda: train.main(argv)), places, argv))
+        run = partial(program.main, argv)
+        outcomes.add(check(partial(exits, run), places, argv))
     assert outcomes == {True, False}

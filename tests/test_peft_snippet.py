@@ -12,6 +12,7 @@ import torch
 from prefix import Prefix
 from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
+from storage.adapters import save_adapter
 from storage.base import load_base
 from storage.tokenizers import load_tokenizer, save_tokenizer
 
@@ -80,7 +81,7 @@ def random_adapter(method, base, directory):
         adapter = Prefix(torch.randn(model.kv_shape(P)))
     else:
         adapter = SoftPrompt(torch.randn(P, model.config.n_embd))
-    adapter.save(directory, model)
+    save_adapter(adapter, directory, model)
     return adapter
 
 
@@ -103,7 +104,7 @@ def page_code(base, adapter, texts, n_new, chat=False):
 
 def assert_our_tokens(base, adapter, directory, texts, sources, chat=False):
     """The page answers the texts as we answer each alone, up to the model's last position."""
-    model, end = load_base(base).freeze(), load_tokenizer(base).eot_token
+    model, end = load_base(base).requires_grad_(False), load_tokenizer(base).eot_token
     n_new = BLOCK + 1 - P - max(map(len, sources))  # the last token is never read
     found = {}
     exec(page_code(base, directory, texts, n_new, chat), found)
