@@ -412,6 +412,7 @@ def test_words_that_compare_hold_for_each_pair_of_runs():
     assert "in three runs of three, a soft prompt of 64 in two" in page
     assert [sum(n < float("inf") for n in some) for some in (prefix, longest)] == [3, 2]
 
+    assert f"2,400 steps of 8 rows show each key {2400 * 8 // 432} times" in page
     lora = demand_runs("xor", 36, "lora", 4)
     assert "LoRA ran only at its default rate of 0.01" in page
     assert "two of its runs ended at 0 %" in page
