@@ -16,6 +16,7 @@ import torch
 import train
 from command.flags import RECIPES, generate_flags, train_flags
 from data import read_jsonl
+from model import past_length
 from prefix import Prefix
 from small_base.pretrain import pretrain
 from soft_prompt import SoftPrompt
@@ -224,7 +225,7 @@ def test_the_python_of_the_page_runs(mini, monkeypatch):
         kept = load_adapter(Path("out/sentence", name), model)
         logits, _ = model(idx, kept.past_kv(model))
         torch.testing.assert_close(logits, model(idx, past_kv)[0], rtol=1e-4, atol=1e-4)
-    assert found["mixed"][0][0].size(0) == 2
+    assert past_length(found["stack"]) == 8 + 6 and found["mixed"][0][0].size(0) == 2
 
 
 def test_the_formats_of_the_page_are_read(tmp_path):
