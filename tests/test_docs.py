@@ -253,7 +253,7 @@ def test_the_recipe_for_pdb_stops_where_a_prefix_is_in_the_past(mini):
     """In `attend`, with P more keys than queries. VS Code gets the same condition."""
     (recipe,) = re.findall(r"^    python (-m pdb .+)$", README, flags=re.MULTILINE)
     condition = "k.size(2) > q.size(2)"
-    assert condition in recipe and f"type `{condition}`" in README
+    assert condition in recipe and f"type `{condition}`" in one_line(README)
     lines = '{"input": "a", "target": "b"}\n{"input": "c", "target": "d"}\n'
     (mini / "two.jsonl").write_text(lines)
     argv = shlex.split(recipe.replace("train.py", f"'{ROOT / 'train.py'}'"))
