@@ -1,0 +1,507 @@
+"""README.md and docs/: what they say is what was measured, and what they name exists."""
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+import train
+from command.flags import RECIPES, generate_flags, train_flags
+from data import read_jsonl
+from model import past_length
+from prefix import Prefix
+from small_base.pretrain import pretrain
+from soft_prompt import SoftPrompt
+from storage.adapters import load_adapter, save_adapter
+from storage.base import load_base
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "classroom" / "results"
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
+README, FINDINGS, SPEED = (PAGES[name] for name in ("README.md", "findings.md", "speed.md"))
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for folder in (".", "command", "storage", "small_base", "classroom", "tests")
+    for path in (ROOT / folder).glob("*.py")
+    if path != Path(__file__)
+}
+CODE = "\n".join(SOURCES.values())
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
+every_page = pytest.mark.parametrize("name", PAGES)
+
+
+def prose_of(page: str) -> list[str]:
+    """-> the sentences of a page, without code, tables, headings and addresses."""
+    page = re.sub(r"```.*?```|<picture>.*?</picture>", "", page, flags=re.DOTALL)
+    page = re.sub(r"^(    .*|\|.*|#.*|!\[.*)$", "", page, flags=re.MULTILINE)
+    page = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)
+    paragraphs = re.split(r"\n\s*\n|\n(?=- |\d+\. )", page)
+    sentences = sum((re.split(r"(?<=[.!?:])\**\s+", part) for part in paragraphs), [])
+    return [sentence for sentence in sentences if re.search(r"\w", sentence)]
+
+
+def one_line(page: str) -> str:
+    return " ".join(page.split())
+
+
+# ------------------------------------------------------------------ short, and in plain sentences
+
+
+def test_the_readme_is_short():
+    """At most 180 lines and 2,000 words."""
+    assert len(README.splitlines()) <= 180 and len(README.split()) <= 2000
+
+
+@every_page
+def test_no_page_is_longer_than_250_lines(name):
+    assert len(PAGES[name].splitlines()) <= 250
+
+
+@every_page
+def test_sentences_are_short(name):
+    """Below 16 words on average."""
+    lengths = [len(sentence.split()) for sentence in prose_of(PAGES[name])]
+    assert len(lengths) > 20 and mean(lengths) < 16
+
+
+@every_page
+def test_nothing_on_a_page_is_left_to_do(name):
+    assert "TODO" not in PAGES[name]
+
+
+# -------------------------------------------------------------------- what the pages name is there
+
+
+@every_page
+def test_what_a_page_links_to_exists(name):
+    """Files and pictures."""
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    links = re.findall(r"\]\(([^)#]+)|(?:src|srcset)=\"([^\"]+)", PAGES[name])
+    files = [link or source for link, source in links]
+    assert not [f for f in files if not f.startswith("http") and not (folder / f).exists()]
+
+
+FOREIGN = set(  # words between backticks that are others'
+    """PrefixTuningConfig PromptTuningConfig PromptEncoderConfig CartridgeConfig LoraConfig
+    AdaptionPromptConfig PeftModel FutureWarning IndexError prompt_embeds save_prompt_cache
+    load_prompt_cache nan inf u n --enable-prompt-embeds --slot-save-path
+    --extra-index-url""".split()
+)
+
+
+@every_page
+def test_what_a_page_names_exists(name):
+    """Words and flags between backticks occur in the sources. Python files lie where it says."""
+    page = re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL)
+    words = [word for word in re.findall(r"`([^`\n]+)`", page) if not word.endswith(".jsonl")]
+    files = {word for word in words if re.fullmatch(r"[\w/]+\.py", word)} - {"jsonl.py"}
+    assert not files - set(SOURCES)
+    flags = {flag for word in words for flag in re.findall(r"--[a-z][a-z-]+", word)}
+    assert not flags - set(re.findall(r"--[a-z][a-z-]+", CODE)) - FOREIGN
+    names = {word for word in words if re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", word)} - files
+    parts = {part for word in names for part in re.findall(r"\w+", word)} - {"jsonl"}
+    assert not parts - set(re.findall(r"\w+", CODE)) - FOREIGN
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """-> the commands of a page, in blocks and between backticks, without `python`."""
+    alone = re.findall(r"^ *((?:python|torchrun) .+)$", page, flags=re.MULTILINE)
+    quoted = re.findall(r"`((?:python|torchrun) [^`]+)`", page)
+    found = [shlex.split(command) for command in alone + quoted]
+    return [words[words.index("train.py") if words[0] == "torchrun" else 1 :] for words in found]
+
+
+class Parsed(Exception):
+    """Raised where a program would start to work."""
+
+
+def parse_only(*given, parse=argparse.ArgumentParser.parse_args):
+    parse(*given)
+    raise Parsed
+
+
+def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises whatever the program says of its flags, and of how they go together."""
+    program, *argv = words
+    if words[:2] == ["-m", "pdb"]:
+        return check_command(words[words.index("train.py") :], monkeypatch)
+    if program == "-m":
+        program, argv = argv[0].replace(".", "/") + ".py", argv[1:]
+    assert program in SOURCES
+    if program == "train.py":
+        train_flags("", argv)
+    elif program == "generate.py":
+        generate_flags("", argv)
+    elif program.startswith("tests/"):  # one of them sets up its process when it is imported
+        assert {word for word in argv if word[:2] == "--"} <= set(re.findall(r"--\w+", CODE))
+    else:
+        module = program.removesuffix(".py").removeprefix("classroom/").replace("/", ".")
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr("argparse.ArgumentParser.parse_args", parse_only)
+            importlib.import_module(module).main(argv)
+
+
+@every_page
+def test_every_command_of_a_page_parses(name, monkeypatch):
+    """By the program's own flags."""
+    for words in commands_of(PAGES[name]):
+        check_command(words, monkeypatch)
+
+
+def test_the_readme_counts_the_lines_of_the_code():
+    """Of the files that are to be read, in this order."""
+    table = re.findall(r"^\| \[([\w.]+)\]\(\1\) \| (\d+) \|", README, flags=re.MULTILINE)
+    names = ("model.py", "prefix.py", "soft_prompt.py", "data.py", "train.py")
+    assert table == [(name, str(len(SOURCES[name].splitlines()))) for name in names]
+
+
+def test_the_readme_asks_for_the_torch_that_pip_asks_for():
+    """The lowest version."""
+    lowest = re.search(r"^torch>=([\d.]+)", (ROOT / "requirements.txt").read_text())[1]
+    assert f"| torch {lowest} or newer already |" in README
+
+
+def test_messages_that_a_page_explains_are_ours():
+    """Each is in the sources, and on the page."""
+    page = PAGES["why-does-it-not-learn.md"]
+    parts = "the loss became|before any step|examples are too long|was trained on|[cut]"
+    assert all(part in page and part in CODE for part in parts.split("|"))
+
+
+# ----------------------------------------------------------------------- what the pages show runs
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory) -> Path:
+    """A folder with a base of four steps in out/base. It knows nothing, and need not."""
+    folder = tmp_path_factory.mktemp("docs")
+    pretrain(folder / "out" / "base", steps=4)
+    return folder
+
+
+def test_the_readme_shows_what_is_printed(mini, monkeypatch, capsys):
+    """The first command prints each line that stands there, but for numbers and texts."""
+    load = train.load_examples
+    few = lambda *given: {split: some[:8] for split, some in load(*given).items()}  # noqa: E731
+    monkeypatch.setattr(train, "load_examples", few)
+    monkeypatch.chdir(mini)
+    train.main(["--method", "prefix", "--steps", "1", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    (block,) = re.findall(r"```\n(base .*?)```", README, flags=re.DOTALL)
+    shown = [line for line in block.splitlines() if line]
+    assert len(shown) == 10
+    for line in shown:
+        if line[:8] in ("source  ", "expected", "got     ", "frozen  "):
+            assert f"\n{line[:9]}" in printed
+        else:
+            pattern = re.sub(r"(\\ )+", r"\\s+", re.escape(line))
+            pattern = re.sub(r"'.*'", "'.*", pattern).replace("…", ".*")
+            pattern = re.sub(r"\d[\d,]*(\\\.\d+)?", r"[\\d,.]+", pattern)
+            assert re.search(pattern, printed), line
+
+
+def test_the_python_of_the_page_runs(mini, monkeypatch):
+    """And what it saves acts as what it was made of."""
+    monkeypatch.chdir(mini)
+    base = load_base("out/base")
+    save_adapter(Prefix.random(base, 8), "out/sentence/prefix", base)
+    save_adapter(SoftPrompt.random(base, 6), "out/sentence/soft_prompt", base)
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["your-data.md"], flags=re.DOTALL)
+    (code,) = (block for block in blocks if "rows_of" in block)
+    found = {}
+    exec(code, found)
+    idx, model = torch.tensor([[5, 6, 7]]), found["model"]
+    pasts = {"as_prefix": found["prompt"].past_kv(model), "stack_as_prefix": found["stack"]}
+    for name, past_kv in pasts.items():
+        kept = load_adapter(Path("out/sentence", name), model)
+        logits, _ = model(idx, kept.past_kv(model))
+        torch.testing.assert_close(logits, model(idx, past_kv)[0], rtol=1e-4, atol=1e-4)
+    assert past_length(found["stack"]) == 8 + 6 and found["mixed"][0][0].size(0) == 2
+
+
+def test_the_formats_of_the_page_are_read(tmp_path):
+    """All five, with no column left over."""
+    (block,) = re.findall(r"```json\n(.*?)```", PAGES["your-data.md"], flags=re.DOTALL)
+    (tmp_path / "five.jsonl").write_text(block, encoding="utf-8")
+    said = []
+    examples = read_jsonl(tmp_path / "five.jsonl", said.append)
+    assert [example.target for example in examples] == ["…"] * 5 and not said
+
+
+def test_the_converter_of_the_page_makes_jsonl(tmp_path, monkeypatch):
+    """Of a line in the format of Li & Liang."""
+    block = re.search(r"^    import json, sys\n(    .*\n)+", PAGES["your-data.md"], flags=re.M)
+    code = "\n".join(line[4:] for line in block[0].splitlines())
+    source, made = tmp_path / "src.txt", tmp_path / "made.jsonl"
+    source.write_text("name : A | area : B||A is in B .\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["jsonl.py", str(source), str(made)])
+    exec(code, {})
+    (example,) = read_jsonl(made)
+    assert example[:2] == ("name : A | area : B", "A is in B .")
+
+
+def test_the_recipe_for_pdb_stops_where_a_prefix_is_in_the_past(mini):
+    """In `attend`, with P more keys than queries. VS Code gets the same condition."""
+    (recipe,) = re.findall(r"^    python (-m pdb .+)$", README, flags=re.MULTILINE)
+    condition = "k.size(2) > q.size(2)"
+    assert condition in recipe and f"type `{condition}`" in one_line(README)
+    lines = '{"input": "a", "target": "b"}\n{"input": "c", "target": "d"}\n'
+    (mini / "two.jsonl").write_text(lines)
+    argv = shlex.split(recipe.replace("train.py", f"'{ROOT / 'train.py'}'"))
+    argv += ["--data", "two.jsonl", "--steps", "1", "--device", "cpu", "--out", "out/pdb"]
+    typed = "p 'sizes', q.size(2), k.size(2)\nwhere\nquit\n"
+    pipes = {"input": typed, "capture_output": True, "text": True, "timeout": 300, "cwd": mini}
+    printed = subprocess.run([sys.executable, *argv], **pipes).stdout
+    queries, keys = map(int, re.search(r"'sizes', (\d+), (\d+)", printed).groups())
+    assert keys == queries + RECIPES["prefix"].n_virtual
+    assert re.search(r"model\.py\(\d+\)attend\(\)", printed)
+
+
+# ---------------------------------------------------------- what the pages say is what was measured
+
+
+def stored(path: str) -> dict:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def rows_in(table: str) -> dict[str, dict[str, str]]:
+    """A markdown table, or a page with one -> its cells by the first cell and the heading."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(heads, row)) for row in rows}
+
+
+def result(name: str) -> dict[str, dict[str, str]]:
+    return rows_in((RESULTS / f"{name}.md").read_text(encoding="utf-8"))
+
+
+def between(numbers: list[float], digits: str = ".2f") -> str:
+    return f"{min(numbers):{digits}} to {max(numbers):{digits}}"
+
+
+COMPARE = (RESULTS / "compare.md").read_text(encoding="utf-8")
+BENCHMARK = {row["what"]: row for row in stored("tests/benchmark.json")["comparison"]}
+GPU = {row["what"]: row for row in stored("tests/benchmark-NVIDIA-H200.json")["comparison"]}
+SIZES = {"GPT-2 small": "124M", "SmolLM2-135M": "135M", "1.5 billion": "1.5B"}
+DTYPES = ("float32", "bfloat16")
+STACK = "prefix + soft prompt of 9 + 20"  # as the table of E2E calls it
+
+
+def prompt_to_prefix(rows: dict[str, dict]) -> list[float]:
+    """-> how many times as long a soft prompt's step takes as that of a prefix of its length."""
+    prompts = [what for what in rows if re.match(r"1\d\dM soft_prompt .* step$", what)]
+    pairs = [(rows[what], rows[what.replace("soft_prompt", "prefix")]) for what in prompts]
+    return [prompt["here"] / prefix["here"] for prompt, prefix in pairs]
+
+
+def test_the_readmes_verdicts_are_those_of_the_runs():
+    """Eight claims. Each has a verdict, one word first, and the number that it rests on."""
+    cells = re.findall(r"^\| (GPT-2|SmolLM2-135M|Llama 3.2 1B) \| (.+?) \| (.+) \|$", COMPARE, re.M)
+    share = {"prefix": [], "soft prompt": []}
+    for _, method, percents in cells:
+        share[method] += [float(cell.removesuffix(" %")) for cell in percents.split(" | ")]
+    costs, demand, e2e = (result(name) for name in ("e2e_costs", "exp1_demand", "e2e_table"))
+    kept = [costs[method]["kept for backward"] for method in ("prefix of 10", "soft prompt of 20")]
+    kept = [f"{float(cell.removesuffix(' MB')):.0f} MB" for cell in kept]
+    facts = [demand[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
+    facts = [cell.split(",")[0].replace(" [", " % [") for cell in facts]
+    stack, alone = (e2e[method]["BLEU, test"] for method in (STACK, "prefix of 10"))
+    expected = [
+        ("depends", f"{between(share['prefix'], 'g')} %"),
+        ("depends", f"{between(share['soft prompt'], 'g')} %"),
+        ("no", f"{kept[0]}; soft prompt {kept[1]}"),
+        ("no", f"{between(prompt_to_prefix(BENCHMARK))} of a prefix's step"),
+        ("undecided", f"{facts[0]}; soft prompt {facts[1]}"),
+        ("yes", "100 % with 768 numbers"),
+        ("not measured", "–"),
+        ("not seen", f"BLEU {stack}; prefix alone {alone}"),
+    ]
+    table = rows_in(README.split("## What is claimed")[1].split("\n## ")[0])
+    assert [(row["verdict"], row["the number"]) for row in table.values()] == expected
+    for task in ("sentiment", "sentence", "chat", "verdict"):
+        assert re.search(rf"^\| {task} \| soft prompt \|.*\| 100\.0 \|$", COMPARE, re.M)
+    assert re.search(r"^\| soft prompt \| 768 \|", COMPARE, re.M)
+
+
+def test_every_table_of_the_findings_is_a_stored_one():
+    """No cell was typed."""
+    results = "\n".join(path.read_text(encoding="utf-8") for path in RESULTS.glob("*.md"))
+    tables = re.findall(r"(?:^\|.*\n)+", FINDINGS, flags=re.MULTILINE)
+    assert len(tables) == 4 and all(table in results for table in tables)
+
+
+E2E = [run for run in stored("classroom/results/e2e.json")["runs"] if run.get("test_bleu")]
+E2E = [run for run in E2E if run["steps"]]  # what was trained
+CHANGED = ("lora", "full")  # methods that change the weights
+
+
+def demand_runs(demand: str, N: int, method: str, size: int) -> list[dict]:
+    """-> the reported runs of a cell, in the order of their bases."""
+    runs = stored("classroom/results/exp1_demand.json")["runs"]
+    cell = {"demand": demand, "N": N, "method": method, "size": size}
+    reported = [run for run in runs if run["base"] < 100 and cell.items() <= run.items()]
+    return sorted(reported, key=lambda run: run["base"])
+
+
+def steps(demand: str, N: int, method: str, size: int) -> list[float]:
+    """-> for each run, the steps until all validation answers were right: infinity if never."""
+    runs = demand_runs(demand, N, method, size)
+    return [run["curve"][-1][0] if run["exact"] == 100 else float("inf") for run in runs]
+
+
+def derived_numbers() -> set[str]:
+    """-> what the findings say that stands in no table, made of the runs."""
+    numbers = [str(2400 * 8 // 432), *(f"{n}" for n in steps("fact", 36, "prefix", 8))]
+    for changes in (False, True):
+        runs = [run for run in E2E if (run["method"] in CHANGED) == changes]
+        lost = [run["bleu"] - run["test_bleu"] for run in runs]
+        cells = {(run["method"], run["size"]) for run in runs}
+        by_cell = [[run for run in runs if (run["method"], run["size"]) == cell] for cell in cells]
+        slots = [mean(run["test_slots"] - run["slots"] for run in some) for some in by_cell]
+        numbers += [f"{edge(lost):.1f}" for edge in (min, max)]
+        numbers += [f"{abs(edge(slots)):.1f}" for edge in (min, max)]
+    for rows in (BENCHMARK, GPU):
+        numbers += [f"{edge(prompt_to_prefix(rows)):.2f}" for edge in (min, max)]
+    return set(numbers)
+
+
+PARTS = {  # a section of the findings -> the scripts and tables that it reports
+    "What each demand needs": ("exp1_demand",),
+    "Usual tasks on the small base": ("compare",),
+    "Real language: E2E": ("e2e",),
+    "The claims, one by one": ("exp1_demand", "compare", "e2e"),
+}
+PAPERS = {"2017", "2021", "6.4", "70.3", "68.8", "62.2", "70.4"}  # what they report
+COUNTS = {"4,672", "547", "484"}  # of E2E: pairs and records to train on, new records to test on
+CLAIMED = {"0.1", "0.01"}  # percent, of shares
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_number_of_the_findings_was_measured(part):
+    """To the digits shown, it is in a table or the script of its part, or made of the runs."""
+    text = FINDINGS.split(f"## {part}")[1].split("\n## ")[0]
+    known = "".join(SOURCES[f"classroom/{script}.py"] for script in PARTS[part])
+    for script in PARTS[part]:
+        known += "".join(path.read_text(encoding="utf-8") for path in RESULTS.glob(f"{script}*.md"))
+    said = set(NUMBER.findall(" ".join(prose_of(text))))
+    assert len(said) > 5
+    assert not said - set(NUMBER.findall(known)) - derived_numbers() - PAPERS - COUNTS - CLAIMED
+
+
+def test_words_that_compare_hold_for_each_pair_of_runs():
+    """«Longer», «ties», «every single run»: what the findings say is so in the runs."""
+    page = one_line(FINDINGS)
+    prefix, twenty = steps("route", 8, "prefix", 8), steps("route", 8, "soft_prompt", 20)
+    longest = steps("route", 8, "soft_prompt", 64)
+    assert "In every pair of runs, both soft prompts take longer than the prefix of 8." in page
+    assert all(a < b and a < c for a, b, c in zip(prefix, twenty, longest))
+
+    prefix, twenty = steps("route", 36, "prefix", 8), steps("route", 36, "soft_prompt", 20)
+    longest = steps("route", 36, "soft_prompt", 64)
+    assert "soft prompt of 20 ties with the prefix in one run, and that of 64 is faster in" in page
+    assert sum(a == b for a, b in zip(prefix, twenty)) == 1
+    assert sum(a > b for a, b in zip(prefix, longest)) == 1
+    assert "in three runs of three, a soft prompt of 64 in two" in page
+    assert [sum(n < float("inf") for n in some) for some in (prefix, longest)] == [3, 2]
+
+    assert f"2,400 steps of 8 rows show each key {2400 * 8 // 432} times" in page
+    lora = demand_runs("xor", 36, "lora", 4)
+    assert "LoRA ran only at its default rate of 0.01" in page
+    assert "two of its runs ended at 0 %" in page
+    assert {run["lr"] for run in lora} == {0.01} and sum(run["test"] == 0 for run in lora) == 2
+
+    assert "In every single run, methods that leave the weights alone lose" in page
+    lost = {changes: [] for changes in (False, True)}
+    for run in E2E:
+        lost[run["method"] in CHANGED].append(run["bleu"] - run["test_bleu"])
+    assert max(lost[False]) < min(lost[True])
+
+    assert "The others ran seed 0 there, and seeds 1 and 2 on an H200." in page
+    on_gpu = {(run["method"], run["size"], run["seed"]) for run in E2E if "H200" in run["machine"]}
+    others = (("soft_prompt", 200), ("lora", 2), ("lora", 4), ("full", 0))
+    assert on_gpu == {(*cell, seed) for cell in others for seed in (1, 2)}
+
+    bleu = {name: row["BLEU, test"] for name, row in result("e2e_table").items()}
+    ends = {
+        name: [float(n) for n in re.findall(r"[\d.]+", cell)[1:]] for name, cell in bleu.items()
+    }
+    lora, five, ten = (ends[name] for name in ("LoRA of rank 2", "prefix of 5", "prefix of 10"))
+    assert "reaches into the range of the prefix of 10, but not of the prefix of 5" in page
+    assert five[0] > lora[1] > ten[0]
+    assert "below all of their runs" in page
+    assert ends["full fine-tuning"][1] < min(five[0], ten[0], ends[STACK][0])
+
+
+# ---------------------------------------------------------------------------------------- speed
+
+
+def test_the_page_shows_the_stored_benchmark():
+    """Each row: here, in PEFT and their ratio, in float32 and in bfloat16."""
+    names = {"ms a step": "step", "MB kept for backward": "kept for backward"}
+    names["MB at the peak"] = "peak memory"
+    table = re.findall(r"^\| (.+), ([a-z ]+) of (\d+): ([\w ]+) \| (.+) \|$", SPEED, flags=re.M)
+    assert len(table) == 20
+    for size, method, P, what, cells in table:
+        row = f"{SIZES[size]} {method.replace(' ', '_')} P={P}"
+        both = [BENCHMARK[f"{row} {dtype} {names[what]}"] for dtype in DTYPES]
+        shown = [f"{r['here']:,.0f} | {r['peft']:,.0f} | {r['here'] / r['peft']:.2f}" for r in both]
+        assert cells == " | ".join(shown), row
+
+
+def test_the_page_shows_the_stored_gpu():
+    """Each row: milliseconds a step, and how that compares with PEFT's, in both dtypes."""
+    table = re.findall(r"^\| ([\w .-]+), ([a-z ]+) of (\d+) \| (.+) \|$", SPEED, flags=re.MULTILINE)
+    assert len(table) == 5
+    for size, method, P, cells in table:
+        row = f"{SIZES[size]} {method.replace(' ', '_')} P={P}"
+        both = [GPU[f"{row} {dtype} step"] for dtype in DTYPES]
+        assert cells == " | ".join(f"{r['here']:,.0f} | {r['here'] / r['peft']:.2f}" for r in both)
+
+
+def test_what_the_page_says_of_speed_was_measured():
+    """Sentence by sentence, to the digits shown."""
+    growth = {(row["axis"], row["x"]): row for row in stored("tests/benchmark.json")["growth"]}
+    for P in (1, 16, 64, 256, 1000):
+        prefix, prompt = (growth[axis, P]["here"] / 1000 for axis in ("P", "P, soft prompt"))
+        assert f"| {P:,} | {prefix:.1f} | {prompt:.1f} |" in SPEED
+
+    def rows(size: str, what: str = " float32 step") -> list[dict]:
+        return [r for name, r in BENCHMARK.items() if name.startswith(size) and what in name]
+
+    both = rows("124M") + rows("135M")
+    many = rows("124M", "with 32 prefixes") + rows("135M", "with 32 prefixes")
+    floors = [between([r["here"] / r["floor"] for r in rows(size)]) for size in ("124M", "135M")]
+    base = [growth["size", n] for n in (124439808, 134515008)]  # a prefix of 20
+    full = [
+        GPU[f"{size} {method} P=20 float32 step"]["/full"]
+        for method in ("soft_prompt", "prefix")
+        for size in ("124M", "135M")
+    ]
+    compiled = GPU["135M prefix P=20 float32 step"]
+    small = between([r["here"] / r["peft"] for r in rows("small", " step")])
+    seconds = (growth["T", T]["here"] / 1000 for T in (1000, 4000))
+    sentences = [
+        "takes {} times as long as the matrix products that it cannot avoid on GPT-2 small, and {} "
+        "times on SmolLM2-135M".format(*floors),
+        "it takes {} of a full".format(between([r["/full"] for r in both if "/full" in r])),
+        f"it takes {small} of PEFT's",
+        "generates in {} of the time".format(between([r["/one for all"] for r in many])),
+        "1,000 tokens takes {:.1f} seconds, one of 4,000 takes {:.1f}".format(*seconds),
+        "{:.0f} MB on GPT-2 small and {:.0f} on".format(*(r["formula_mb"] for r in base)),
+        "measured were {:.0f} and {:.0f}".format(*(r["kept_mb"] for r in base)),
+        "takes {:.2f} of a full fine-tuning step on GPT-2 small in float32, and {:.2f} on "
+        "SmolLM2-135M. A prefix takes {:.2f} and {:.2f}.".format(*full),
+        "from {here:.0f} to {compiled, ms:.0f} ms".format(**compiled),
+        "takes {:.1f} and {:.1f} MB".format(many[0]["MB an adapter"], many[2]["MB an adapter"]),
+    ]
+    assert not [sentence for sentence in sentences if sentence not in one_line(SPEED)]
+    assert all(abs(row["kept_mb"] / row["formula_mb"] - 1) < 0.02 for row in growth.values())
