@@ -6,11 +6,11 @@
     python generate.py --adapter out/mine/both --export out/mine/one              a stack as one prefix
 """
 
-if __name__ == "__main__":  # a wrong flag is answered before torch takes its seconds to load
-    from command.console import run_command
+if __name__ == "__main__":
+    from command.console import before_torch
     from command.flags import generate_flags
 
-    run_command(lambda: generate_flags(__doc__))
+    before_torch(generate_flags, __doc__)
 
 import argparse
 from collections.abc import Callable

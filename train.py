@@ -8,11 +8,11 @@
 generate.py uses what was trained.
 """
 
-if __name__ == "__main__":  # a wrong flag is answered before torch takes its seconds to load
-    from command.console import run_command
+if __name__ == "__main__":
+    from command.console import before_torch
     from command.flags import train_flags
 
-    run_command(lambda: train_flags(__doc__))
+    before_torch(train_flags, __doc__)
 
 import copy
 import math

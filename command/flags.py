@@ -22,7 +22,7 @@ class Recipe(NamedTuple):
     n_virtual: int  # of each adapter
     lr: float  # chosen on validation data, for the small base
     middle: float  # where the search of a rate begins on any other base
-    steps: int = 150
+    steps: int = 100
 
 
 RECIPES = {
@@ -31,6 +31,7 @@ RECIPES = {
     "both": Recipe("train a prefix and a soft prompt behind it", 4, 3e-1, 3e-2),
     "full": Recipe("train all weights", 0, 1.5e-3, 1e-4),
 }
+PRETRAINING = Recipe("make a small base", 0, lr=3e-2, middle=3e-2, steps=150)
 MOVED = {  # what train.py once did itself
     "python -m small_base.pretrain": ("pretrain", "--corpus", "--sizes"),
     "python generate.py": ("--adapter", "--prompt", "--predict", "--export", "--temperature", "none"),
@@ -90,7 +91,7 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     add("--mid-dim", metavar="M", type=count, help=mlp)
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=count, default=150, help="optimizer steps (default: 150)")
+    add("--steps", type=count, default=100, help="optimizer steps (default: 100)")
     rate = f"peak learning rate ({defaults('lr')} on the small base; elsewhere a search finds one)"
     add("--lr", type=number(float, 1e-30, 1e38), help=rate)
     add("--batch-size", metavar="B", type=count, default=16, help="examples a step (default: 16)")
@@ -158,6 +159,27 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
         parser.error("--export saves an --adapter for PEFT: give one")
     if args.top_k and not args.temperature:
         parser.error("--top-k samples, and needs a --temperature above 0")
+    return args
+
+
+def pretrain_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments -> the flags of small_base.pretrain."""
+    parser, (_, _, lr, _, steps) = Parser(description), PRETRAINING
+    add = parser.add_argument
+    world = "UTF-8 texts to train on (default: the restaurant world)"
+    add("--corpus", metavar="FILE", nargs="+", default=[], help=world)
+    sizes = {"nargs": 4, "metavar": ("L", "H", "C", "BLOCK"), "default": [4, 4, 128, 128]}
+    add("--sizes", type=count, **sizes, help="layers, heads, width, context (default: 4 4 128 128)")
+    add("--steps", type=count, default=steps, help=f"optimizer steps (default: {steps})")
+    add("--lr", type=number(float, 1e-30, 1e38), default=lr, help=f"peak rate (default: {lr:g})")
+    add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")
+    add("--seed", type=seed, default=0, help="of texts, order and start (default: 0)")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    where = f"a new directory (default: {DEFAULT_BASE})"
+    add("--out", metavar="DIR", type=Path, default=DEFAULT_BASE, help=where)
+    args = parser.parse_args(argv)
+    if args.sizes[2] % args.sizes[1]:
+        parser.error(f"--sizes {args.sizes}: give a width that is a multiple of the heads")
     return args
 
 

@@ -121,7 +121,7 @@ def load_examples(
     elsewhere.
     """
     if path is None:
-        sizes = {"train": 1000, "validation": 200, "test": 500}
+        sizes = {"train": 1000, "validation": 100, "test": 300}
         return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
     train = read_jsonl(path)
     held_out, train = hold_out(train, seed) if val_path is None else (read_jsonl(val_path), train)

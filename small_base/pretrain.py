@@ -5,6 +5,12 @@
 train.py makes the default base itself, where it is not there yet.
 """
 
+if __name__ == "__main__":
+    from command.console import before_torch
+    from command.flags import pretrain_flags
+
+    before_torch(pretrain_flags, __doc__)
+
 import math
 import random
 from collections import Counter, defaultdict
@@ -19,7 +25,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor, nn
 
 from command.console import run_command, say
-from command.flags import DEFAULT_BASE, Parser, count, number, seed
+from command.flags import PRETRAINING, pretrain_flags
 from command.process import Progress, pick_device, start_process
 from data import IGNORE
 from model import GPT, GPTConfig
@@ -27,8 +33,6 @@ from small_base.world import random_document
 from storage.base import save_base
 from storage.files import TRAINING, check_place, write_json
 from storage.tokenizers import build_tokenizer, ranks_of, save_tokenizer
-
-STEPS = 150
 
 
 def read_text(path: str | Path) -> str:
@@ -125,10 +129,10 @@ def initialise(model: GPT) -> None:
     nn.init.normal_(model.wte.weight, std=0.4)
     nn.init.constant_(model.ln_f.weight, 0.1)  # the head is wte: logits still start small
     angles = torch.arange(c.block_size)[:, None] * 1000 ** -(torch.arange(0, c.n_embd, 2) / c.n_embd)
-    model.wpe.weight.copy_(0.05 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd])
+    model.wpe.weight.copy_(0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd])
     for block in model.h:
         values = nn.init.orthogonal_(block.attn.c_attn.weight[2 * c.n_embd :])
-        block.attn.c_proj.weight.copy_(0.6 * values.T)
+        block.attn.c_proj.weight.copy_(0.3 * values.T)
 
 
 class Muon(torch.optim.Optimizer):
@@ -171,8 +175,8 @@ def pretrain(
     out: Path,
     corpus: Sequence[str] = (),
     sizes: Sequence[int] = (4, 4, 128, 128),
-    steps: int = STEPS,
-    lr: float = 0.03,
+    steps: int = PRETRAINING.steps,
+    lr: float = PRETRAINING.lr,
     batch_size: int = 16,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),
@@ -212,8 +216,9 @@ def pretrain(
         share = min(1, step / 10, (steps - step + 1) / (0.3 * steps))
         ids, targets = windows_anywhere(stream, batch_size, config.block_size, generator)
         model.zero_grad()
-        logits, _ = model(ids.to(device))  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
+        hidden, _ = model.forward_embeddings(model.wte(ids.to(device)))  # (B, T, C)
+        scored = targets != IGNORE
+        loss = F.cross_entropy(hidden[scored] @ model.head.T, targets[scored].to(device))
         loss.backward()
         for optimizer, peak in zip(optimizers, peaks):
             for group in optimizer.param_groups:
@@ -231,25 +236,10 @@ def pretrain(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--corpus", metavar="FILE", nargs="+", default=[], help="texts (default: the restaurant world)")
-    sizes = "layers, heads, width and context (default: 4 4 128 128)"
-    names = ("L", "H", "C", "BLOCK")
-    add("--sizes", metavar=names, nargs=4, type=count, default=[4, 4, 128, 128], help=sizes)
-    add("--steps", type=count, default=STEPS, help=f"optimizer steps (default: {STEPS})")
-    add("--lr", type=number(float, 1e-30, 1e38), default=0.03, help="peak rate (default: 0.03)")
-    add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")
-    add("--seed", type=seed, default=0, help="of the world, the order and the start (default: 0)")
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    add("--out", metavar="DIR", type=Path, default=DEFAULT_BASE, help=f"(default: {DEFAULT_BASE})")
-    args = parser.parse_args(argv)
-    if args.sizes[2] % args.sizes[1]:
-        parser.error(f"--sizes {args.sizes}: give a width that is a multiple of the heads")
+    args = pretrain_flags(__doc__, argv)
     start_process()
-    texts = [read_text(path) for path in args.corpus]
-    how = (args.sizes, args.steps, args.lr, args.batch_size, args.seed, pick_device(args.device))
-    pretrain(args.out, texts, *how)
+    texts, device = [read_text(path) for path in args.corpus], pick_device(args.device)
+    pretrain(args.out, texts, args.sizes, args.steps, args.lr, args.batch_size, args.seed, device)
 
 
 if __name__ == "__main__":

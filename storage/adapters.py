@@ -39,8 +39,9 @@ def save_adapter(
         config = PROMPT | dict(zip(SIZES, (len(rows), L, H, rows.size(1))))
     tensors = {"prompt_embeddings": rows.float().cpu()}
     write_tensors(directory / "adapter_model.safetensors", tensors)
-    (directory / "base.json").unlink(missing_ok=True)
-    if model:
+    if model is None:
+        (directory / "base.json").unlink(missing_ok=True)
+    else:
         base = {"base": model.name, "fingerprint": fingerprint(model)}
         base["fingerprint_float16"] = fingerprint(model, torch.float16)
         write_json(directory / "base.json", base)

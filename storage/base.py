@@ -125,10 +125,8 @@ def read_config(path: Path) -> GPTConfig | LlamaConfig:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    scaling = None
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "llama3":
-        scaling = tuple(rope.get(key) for key in LLAMA_3)
+    scaling = tuple(rope.get(key) for key in LLAMA_3) if rope_type == "llama3" else None
     numbers = all(type(n) in (int, float) and n > 0 for n in (theta, *(scaling or ())))
     if rope_type not in ("default", "llama3") or not numbers:
         raise ValueError(f"{path}: the rotation {rope or theta!r:.300} is not that of Llama 2 or 3")

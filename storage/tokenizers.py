@@ -129,9 +129,9 @@ def load_tokenizer(name_or_dir: str | Path) -> Encoding:
 def read_two_files(directory: Path) -> dict[str, Any]:
     """GPT-2's vocab.json and merges.txt -> what its tokenizer.json would say."""
     vocab = read_json(directory / "vocab.json")
-    text = saved_file(directory / "merges.txt").read_bytes().decode(errors="replace")
+    merges = saved_file(directory / "merges.txt").read_text(encoding="utf-8", errors="replace")
     return {
-        "model": {"vocab": vocab, "merges": [line for line in text.split("\n")[1:] if line]},
+        "model": {"vocab": vocab, "merges": [line for line in merges.split("\n")[1:] if line]},
         "added_tokens": [{"content": END_OF_TEXT, "id": vocab.get(END_OF_TEXT)}],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
     }
@@ -141,13 +141,14 @@ def read_vocabulary(found: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, 
     """A tokenizer.json -> the ids of byte strings, and of added tokens. Raises if it is no BPE."""
     model, added = found["model"], {}
     for token in found["added_tokens"]:
-        added[token["content"]] = token["id"]
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+        added[str(token["content"])] = token["id"]
+        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             raise ValueError(f"{token['content']!r} depends on what is beside it")
     ranks = {token_bytes(t): i for t, i in model["vocab"].items() if t not in added}
     ids = [*ranks.values(), *added.values()]
-    if len({*ids}) < len(ids) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError("two tokens of one id, or an id that is none")  # tiktoken would panic
+    numbers = all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    if not numbers or len({*ids}) < len(ids) or "" in added:  # tiktoken would panic
+        raise ValueError("two tokens of one id, an id that is none, or an empty token")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     made = [ranks[token_bytes(a) + token_bytes(b)] for a, b in pairs]
     unmade = {i for token, i in ranks.items() if len(token) > 1} - {*made}
@@ -165,7 +166,7 @@ def split_pattern(pre_tokenizer: dict[str, Any]) -> str:
                 return r50k_pat_str
             case [{"type": "Digits", "individual_digits": True}], True:
                 return ONE_DIGIT
-            case [{"type": "Split", "pattern": {"Regex": own}, "behavior": "Isolated"}], False:
+            case [{"type": "Split", "pattern": {"Regex": str(own)}, "behavior": "Isolated"}], False:
                 return own
     raise ValueError(f"its pre_tokenizer is {pre_tokenizer}")
 
@@ -174,9 +175,9 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
     """-> tokenizer_config.json, where there is one; a token with flags becomes its text."""
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    for key, token in tokens.items():
-        config[key] = token.get("content") if isinstance(token, dict) else token
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            config[key] = value.get("content")
     return config
 
 
@@ -202,7 +203,9 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
     """
     directory = base_directory(name_or_dir)
     config, path = tokenizer_config(directory), directory / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    template = config.get("chat_template")
+    if path.exists():
+        template = path.read_text(encoding="utf-8", errors="replace")
     for named in template if isinstance(template, list) else []:  # several, by name
         if isinstance(named, dict) and named.get("name") == "default":
             template = named.get("template")
@@ -212,6 +215,10 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
     for key, text in config.items():
         if key.endswith("_token") and isinstance(text, str):
             variables[key] = text
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
         loader=jinja2.DictLoader({"chat": template}),  # which compiles it once
@@ -227,7 +234,3 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
             raise ValueError(f"the chat template of {directory} fails ({error!r:.200})") from None
 
     return render
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

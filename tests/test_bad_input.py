@@ -185,10 +185,10 @@ class Watch:
 WATCH = Watch()
 
 
-def check_file(places: Path, directory: str, file: str, make, use, n: int, allowed=()) -> None:
+def check_file(places: Path, directory: str, file: str, make, use, n: int, inert: bool = True) -> None:
     """n drawn contents of one file, each loaded and used; some succeed and some do not.
 
-    Whatever a file says, nothing is done but to read the files of its own directory.
+    Whatever a file says, nothing is done but to read the files of its own directory, if `inert`.
     """
     rng, path = random.Random(f"{directory} {file}"), places / directory / file
     whole, outcomes = path.read_bytes(), set()
@@ -205,8 +205,7 @@ def check_file(places: Path, directory: str, file: str, make, use, n: int, allow
         for i in range(n):
             path.write_bytes(content := make(rng, whole) if i else whole)
             outcomes.add(check(watched, places, content))
-            seen = {(event, where) for event, where in WATCH.seen if event not in allowed}
-            assert seen <= {("open", str(path.parent))}, content
+            assert not inert or WATCH.seen <= {("open", str(path.parent))}, content
     finally:
         path.write_bytes(whole)
     assert outcomes == {True, False}
@@ -335,11 +334,11 @@ def test_bad_chat_templates(places):
     def use(directory: Path) -> None:
         load_chat_template(directory)([{"role": "user", "content": "a"}])
 
-    jinja2 = ("compile", "exec")  # it makes Python of a template, which the sandbox then runs
-    check_file(places, "newer", "tokenizer_config.json", changed_value, use, 100, jinja2)
-    check_file(places, "newer", "tokenizer_config.json", damaged, use, 50, jinja2)
+    # jinja2 makes Python of a template, which its sandbox then runs
+    check_file(places, "newer", "tokenizer_config.json", changed_value, use, 100, inert=False)
+    check_file(places, "newer", "tokenizer_config.json", damaged, use, 50, inert=False)
     (places / "newer" / "chat_template.jinja").write_text(CHAT)
-    check_file(places, "newer", "chat_template.jinja", damaged, use, 100, jinja2)
+    check_file(places, "newer", "chat_template.jinja", damaged, use, 100, inert=False)
 
 
 def flags(capsys) -> list[str]:

@@ -33,7 +33,7 @@ from storage.files import (
 )  # fmt: skip
 from storage.hub import base_directory
 from storage.tokenizers import (
-    copy_tokenizer, load_chat_template, load_tokenizer, ranks_of, save_tokenizer,
+    copy_tokenizer, load_chat_template, load_tokenizer, read_two_files, save_tokenizer,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_a_file_is_made_with_its_folders_and_replaced_in_one_go(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("step", ["fsync", "rename"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step, error):
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, step, error):
     """Whether the disk is full or the user stops it."""
 
     def fail(*_):
@@ -127,12 +127,11 @@ def test_a_file_has_the_permissions_of_an_ordinary_new_one(model, tmp_path, umas
 def test_what_makes_a_directory_loadable_is_written_last(model, tmp_path, monkeypatch):
     """So a save that dies on the way leaves nothing that loads as something else."""
     written = []
-    monkeypatch.setattr(storage.files, "replace_file", lambda path, content: written.append(path.name))
+    monkeypatch.setattr(storage.files, "replace_file", lambda path, _: written.append(path.name))
     save_base(model, tmp_path)
     save_adapter(prefix(model), tmp_path, model)
-    assert written == [
-        "model.safetensors", "config.json", "adapter_model.safetensors", "base.json", "adapter_config.json"
-    ]  # fmt: skip
+    assert written[:3] == ["model.safetensors", "config.json", "adapter_model.safetensors"]
+    assert written[3:] == ["base.json", "adapter_config.json"]
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path):
@@ -182,7 +181,7 @@ def test_what_is_no_file_is_not_read(tmp_path, kind, read):
 
 # ---------------------------------------------------------------------------------------- places
 
-HERE = {"method": "prefix", "task": "sentence", "data": "embedded", "base": "out/base", "steps": 150}
+HERE = {"method": "prefix", "task": "sentence", "data": "embedded", "base": "out/base", "steps": 9}
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
@@ -216,7 +215,7 @@ def test_what_another_training_left_is_not_overwritten(tmp_path, key):
         check_place(tmp_path, HERE)
     else:
         who = "{method} trained for {task} \\({data}\\) on {base}".format(**before)
-        with pytest.raises(ValueError, match=f"holds {who}, which is not overwritten: name another"):
+        with pytest.raises(ValueError, match=f"holds {who}, which is not overwritten: name "):
             check_place(tmp_path, HERE)
     assert read_json(tmp_path / "training.json") == before
     assert names(tmp_path) == {"training.json", "adapter_config.json"}
@@ -245,7 +244,7 @@ def test_only_predictions_are_replaced_by_predictions(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "empty").write_text("")
     for file in (tmp_path / "data.jsonl", tmp_path / "empty", tmp_path, Path(os.devnull)):
-        with pytest.raises(ValueError, match="holds no predictions, and is not overwritten: name an"):
+        with pytest.raises(ValueError, match="holds no predictions, and is not overwritten: name"):
             check_predictions(file)
     (tmp_path / "p.jsonl").write_text(json.dumps(line | {"prediction": "c"}) + "\n")
     check_predictions(tmp_path / "p.jsonl")
@@ -305,7 +304,7 @@ def test_files_of_older_and_newer_writers_load(model, tmp_path, wrap):
     edit(tmp_path / "config.json", activation_function="gelu_pytorch_tanh", n_inner=4 * C)
     path = tmp_path / "model.safetensors"
     weights = {key.removeprefix("transformer."): t for key, t in load_file(path).items()}
-    buffers = {"h.0.attn.bias": torch.ones(1, 1, 9, 9).bool(), "h.0.attn.masked_bias": torch.zeros(1)}
+    buffers = {"h.0.attn.bias": torch.ones(9).bool(), "h.0.attn.masked_bias": torch.zeros(1)}
     tensors = {wrap.format(key): t for key, t in (weights | buffers).items()}
     head = "_orig_mod.lm_head.weight" if wrap.startswith("_") else "lm_head.weight"
     save_file(tensors | {head: weights["wte.weight"].clone()}, path)
@@ -362,7 +361,7 @@ def test_a_base_is_stored_as_hugging_faces_gpt2(model, tmp_path):
         ({"n_layer": 4}, 'Missing .* "h.3.ln_1.weight"'),
         ({"n_layer": 1000}, 'Missing .* "h.3.ln_1.weight"'),
         ({"n_layer": 2}, 'Unexpected .* "transformer.h.2.'),
-        ({"quantization_config": {"load_in_4bit": True}}, "this base is quantised, by .*4bit.*: give it as it was"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised, by .*4bit.*: give it as"),
         ({"quantization_config": {"quant_method": "fp8"}}, "this base is quantised, by .*fp8"),
     ],
 )
@@ -383,10 +382,10 @@ BIAS = "transformer.ln_f.bias"
     [
         (lambda t: t.pop("transformer.h.1.ln_1.bias"), 'Missing .* "h.1.ln_1.bias"'),
         (lambda t: t.update(other=torch.zeros(2)), 'Unexpected .* "other"'),
-        (lambda t: t.update({"lm_head.weight": t[HEAD] + 1}), "lm_head.weight differs from the emb"),
-        (lambda t: t.update({BIAS: t[BIAS].long()}), "ln_f.bias is torch.int64, so quantised: give"),
-        (lambda t: t.update({BIAS: t[BIAS].to(torch.float8_e4m3fn)}), "float8_e4m3fn, so quantised"),
-        (lambda t: t.update({BIAS: t[BIAS] * torch.nan}), "ln_f.bias holds numbers that are not fin"),
+        (lambda t: t.update({"lm_head.weight": t[HEAD] + 1}), "lm_head.weight differs from"),
+        (lambda t: t.update({BIAS: t[BIAS].long()}), "torch.int64, so quantised: give"),
+        (lambda t: t.update({BIAS: t[BIAS].to(torch.float8_e4m3fn)}), "e4m3fn, so quantised"),
+        (lambda t: t.update({BIAS: t[BIAS] * torch.nan}), "ln_f.bias holds numbers that are"),
         (lambda t: t.update({HEAD: t[HEAD] / 0}), "wte.weight holds numbers that are not finite"),
     ],
 )
@@ -467,13 +466,12 @@ class GatedRepoError(Exception):
 @pytest.mark.parametrize(
     "error, remedy",
     [
-        (GatedRepoError("401 Client\nError"), "401 Client Error.*accept its terms on .*hf auth login"),
+        (GatedRepoError("401\nClient"), "401 Client.*accept its terms on .*, then run `hf auth"),
         (ConnectionError("no route"), "no route.*: check the name and the network, or name a dir"),
-        (ImportError(), "huggingface_hub is not installed.*: pip install huggingface_hub, or name a directory with"),
     ],
 )
 def test_what_cannot_be_downloaded_gets_one_sentence(hub, error, remedy):
-    """With what to do: for a gated model, without a network, without huggingface_hub."""
+    """With what to do, for a gated model or without a network."""
     hub.error = error
     said = f"^someone/x is no directory here, and cannot be downloaded .{remedy}.*model.safetensors"
     with pytest.raises(ValueError, match=said) as raised:
@@ -484,7 +482,7 @@ def test_what_cannot_be_downloaded_gets_one_sentence(hub, error, remedy):
 def test_without_huggingface_hub_the_sentence_says_how_to_get_it(hub, monkeypatch):
     """It is no requirement: None in sys.modules is how Python says that a module is missing."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="openai-community/gpt2 .* pip install huggingface_hub, or"):
+    with pytest.raises(ValueError, match="community/gpt2 .*: pip install huggingface_hub, or name"):
         base_directory("gpt2")
 
 
@@ -502,8 +500,9 @@ def test_any_text_survives_its_tokens(tmp_path):
     rng = random.Random(0)
     tokenizer_files(tmp_path, train_bpe([random_document(rng) for _ in range(500)], 300))
     tokenizer = load_tokenizer(tmp_path)
-    for ids in (tokenizer.encode(DIFFICULT, allowed_special="all"), tokenizer.encode_ordinary(DIFFICULT)):
-        assert tokenizer.decode(ids) == DIFFICULT and tokenizer.eot_token not in ids
+    ids = tokenizer.encode(DIFFICULT, allowed_special="all")
+    assert tokenizer.decode(ids) == DIFFICULT and tokenizer.eot_token not in ids
+    assert tokenizer.encode_ordinary(DIFFICULT) == ids
     assert tokenizer.n_vocab == tokenizer.eot_token + 1
 
 
@@ -549,6 +548,7 @@ def test_broken_tokenizer_files_are_refused(tmp_path, file, content):
         ({"xyz": 259}, "", "do not make its tokens"),
         ({}, "e f\n", "ef"),
         ({"日": 259}, "", "日"),
+        ({"a": 2**31}, "", "an id that is none"),
     ],
 )
 def test_two_files_that_do_not_fit_together_are_refused(tmp_path, changes, merges, message):
@@ -564,7 +564,7 @@ def test_two_files_that_do_not_fit_together_are_refused(tmp_path, changes, merge
 
 
 def test_ids_that_mean_nothing_decode_to_nothing(tmp_path):
-    """In a gap of the vocabulary, or past its end, where a model has more ids than its tokenizer."""
+    """In a gap of the vocabulary, or past its end, as where a model has more ids than names."""
     tokenizer_files(tmp_path, [(b"a", b"b")])
     vocab = read_json(tmp_path / "vocab.json") | {"<|endoftext|>": 280}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -586,17 +586,12 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path, size
 
 
 def tokenizer_json(directory: Path, *added: str, **config) -> None:
-    """A tokenizer of bytes alone, as newer models have it, with added tokens from 256 on."""
-    vocab = {chr(i + 33 if i < 94 else i + 67): i for i in range(2)}
+    """A tokenizer of bytes alone, in the file of newer models; its added tokens begin at 256."""
     save_tokenizer(directory, [])
-    vocab = read_json(directory / "vocab.json")
-    del vocab["<|endoftext|>"]
-    for name in ("vocab.json", "merges.txt"):
-        (directory / name).unlink()
-    tokens = [{"id": 256 + i, "content": token} for i, token in enumerate(added)]
-    splits = {"type": "ByteLevel", "add_prefix_space": False}
-    bpe = {"type": "BPE", "vocab": vocab, "merges": []}
-    write_json(directory / "tokenizer.json", {"added_tokens": tokens, "pre_tokenizer": splits, "model": bpe})
+    found = read_two_files(directory)
+    del found["model"]["vocab"]["<|endoftext|>"]
+    found["added_tokens"] = [{"id": 256 + i, "content": token} for i, token in enumerate(added)]
+    write_json(directory / "tokenizer.json", found)
     write_json(directory / "config.json", {"model_type": "gpt2", "vocab_size": 300} | config)
 
 
@@ -607,7 +602,8 @@ def test_added_tokens_in_a_text_are_single_ids(tmp_path):
     for text, ids in {
         "<a><b><b>": [258, 259], "<a><a><b>": [257, 258], "<|end|><": [256, 27], "<a": [27, 64]
     }.items():  # fmt: skip
-        assert tokenizer.encode(text, allowed_special="all") == ids and tokenizer.decode(ids) == text
+        assert tokenizer.encode(text, allowed_special="all") == ids
+        assert tokenizer.decode(ids) == text
     assert tokenizer.encode_ordinary("<b>") == [27, 65, 29]
 
 
@@ -634,20 +630,19 @@ def test_the_end_of_text_is_what_the_files_say_first(tmp_path, config, other, en
 def test_without_an_end_of_text_there_is_one_sentence(tmp_path, end):
     """It has to be an added token, or answers would never end."""
     tokenizer_json(tmp_path, "<a>", eos_token_id=end)
-    with pytest.raises(ValueError, match="eos_token_id is .*: put the id that ends a text into conf"):
+    with pytest.raises(ValueError, match="eos_token_id is .*: put the id that ends a text"):
         load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_is_copied_beside_another_model(tmp_path):
-    """With its chat template, and what says where a text ends."""
-    for source, more in (("two", []), ("one", ["tokenizer_config.json", "chat_template.jinja"])):
-        (save_tokenizer if source == "two" else tokenizer_json)(tmp_path / source, *[[]] * (source == "two"))
-        for name in more:
-            (tmp_path / source / name).write_text("{}")
-        copy_tokenizer(tmp_path / source, tmp_path / "to" / source)
-        copied = tmp_path / "to" / source
-        assert names(copied) == names(tmp_path / source) - {"config.json"}
-        assert all(p.read_bytes() == (tmp_path / source / p.name).read_bytes() for p in copied.iterdir())
+    """With its chat template, and what says where a text ends; without the model's config."""
+    tokenizer_json(tmp_path / "a", "<|endoftext|>")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "a" / name).write_text(name)
+    copy_tokenizer(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path / "b") == names(tmp_path / "a") - {"config.json"}
+    for copied in (tmp_path / "b").iterdir():
+        assert copied.read_bytes() == (tmp_path / "a" / copied.name).read_bytes()
 
 
 CHATML = """{%- if messages[0]['role'] != 'system' %}
@@ -659,7 +654,8 @@ CHATML = """{%- if messages[0]['role'] != 'system' %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
 MESSAGES = [{"role": "user", "content": " Is 1 < 2? "}]
-SAID = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs 1 < 2?<|im_end|>\n<|im_start|>assistant\n"
+SAID = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs 1 < 2?<|im_end|>\n"
+SAID += "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("where", ["config", "list", "file"])
@@ -701,13 +697,19 @@ def test_an_adapter_comes_back_as_its_directory_says(model, tmp_path, kind, with
     """Bit for bit. A Cartridge of PEFT is a prefix by another name, without our base.json."""
     adapter = soft_prompt(4) if kind == "PROMPT_TUNING" else prefix(model, 4)
     save_adapter(adapter, tmp_path, model if with_model else None)
-    assert read_json(tmp_path / "adapter_config.json")["peft_type"] == kind.replace("CARTRIDGE", "PREFIX_TUNING")
     if kind == "CARTRIDGE":
         edit(tmp_path / "adapter_config.json", peft_type=kind, num_frozen_tokens=1)
         (tmp_path / "base.json").unlink(missing_ok=True)
     again = load_adapter(tmp_path, model if with_model else None)
     assert type(again) is type(adapter)
     assert_close(again.state_dict(), adapter.state_dict(), rtol=0, atol=0)
+
+
+def test_saved_without_a_base_it_names_none(model, tmp_path):
+    """Nor the one of an adapter that was there before."""
+    for given, there in ((model, True), (None, False)):
+        save_adapter(soft_prompt(), tmp_path, given)
+        assert (tmp_path / "base.json").exists() is there
 
 
 def test_a_prefix_through_an_mlp_is_saved_baked(model, tmp_path):
@@ -723,7 +725,7 @@ def test_a_prefix_through_an_mlp_is_saved_baked(model, tmp_path):
 @pytest.mark.parametrize("tuned_on", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("used_on", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_copy_of_the_base_in_another_dtype_is_the_base(model, tmp_path, tuned_on, used_on):
-    """Of one original in float32. Between two halves of a number, nothing proves a common origin."""
+    """Of one original in float32. Only between the two halves nothing shows a common origin."""
     original = model.float().state_dict()
     copies = []
     for dtype in (tuned_on, used_on):
@@ -747,11 +749,13 @@ def test_an_adapter_is_refused_on_other_weights(model, tmp_path, monkeypatch):
         write_json(tmp_path / "base.json", content)
         with monkeypatch.context() as patched:
             hashed = []
-            patched.setattr("storage.adapters.fingerprint", lambda *a: hashed.append(a) or fingerprint(*a))
+            counted = lambda *given: hashed.append(given) or fingerprint(*given)  # noqa: E731
+            patched.setattr("storage.adapters.fingerprint", counted)
             load_adapter(tmp_path, model)
             assert len(hashed) == 1
         other = GPT(model.config).double()
-        with pytest.raises(ValueError, match=f"on an unsaved model .fingerprint {base['fingerprint']}.*train again"):
+        said = f"on an unsaved model .fingerprint {base['fingerprint']}.*, or train again"
+        with pytest.raises(ValueError, match=said):
             load_adapter(tmp_path, other)
 
 
@@ -767,7 +771,7 @@ def test_an_adapter_is_refused_on_other_weights(model, tmp_path, monkeypatch):
         ({"num_virtual_tokens": 7}, "no prompt_embeddings of .*'num_virtual_tokens': 7"),
         ({"num_virtual_tokens": None}, "no prompt_embeddings of"),
         ({"num_layers": 4}, "no prompt_embeddings of .*'num_layers': 4"),
-        ({"num_layers": 1, "token_dim": 3 * C}, "has rows .2, 1, 2, 2, 24., and .* needs .2, 3, 2, 2, 8."),
+        ({"num_layers": 1, "token_dim": 3 * C}, "rows .2, 1, 2, 2, 24., .* needs .2, 3, 2"),
         ({"num_attention_heads": 0}, "no prompt_embeddings of"),
         ({"token_dim": "16"}, "no prompt_embeddings of"),
     ],
@@ -795,15 +799,16 @@ def test_an_adapter_without_numbers_is_refused(model, tmp_path, kind, change, n_
     """No rows would act as no adapter; NaN would make every answer NaN."""
     save_adapter(prefix(model) if kind == "prefix" else soft_prompt(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    save_file({"prompt_embeddings": change(load_file(path)["prompt_embeddings"]).contiguous()}, path)
+    rows = change(load_file(path)["prompt_embeddings"])
+    save_file({"prompt_embeddings": rows.contiguous()}, path)
     edit(tmp_path / "adapter_config.json", num_virtual_tokens=n_virtual)
     for given in (model, None):
-        with pytest.raises(ValueError, match="(holds no rows of finite numbers|no prompt_embeddings)"):
+        with pytest.raises(ValueError, match="holds no rows of finite numbers"):
             load_adapter(tmp_path, given)
 
 
 @pytest.mark.parametrize("rows, width", [(BLOCK, 10**5), (10**5, C), (BLOCK + 1, C), (BLOCK, C)])
-def test_an_adapter_of_another_shape_is_refused_before_it_is_read(model, tmp_path, monkeypatch, rows, width):
+def test_another_shape_is_refused_before_it_is_read(model, tmp_path, monkeypatch, rows, width):
     """A few bytes on the disk may claim gigabytes. As many rows as the model has positions load."""
     save_adapter(soft_prompt(), tmp_path)
     size = 4 * rows * width
@@ -817,7 +822,7 @@ def test_an_adapter_of_another_shape_is_refused_before_it_is_read(model, tmp_pat
         assert load_adapter(tmp_path, model).vectors.shape == (BLOCK, C)
         return
     monkeypatch.setattr(torch.Tensor, "isfinite", None)  # reads them all
-    with pytest.raises(ValueError, match=rf"has rows \({rows}, {width}\), and .*, 16\), at most 32"):
+    with pytest.raises(ValueError, match=rf"rows \({rows}, {width}\), and .*, 16\), at most 32"):
         load_adapter(tmp_path, model)
 
 
