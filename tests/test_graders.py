@@ -1,6 +1,7 @@
-"""What grades the exercises beside the tests of each file: mistakes that are often made, each with a sentence that names it.
+"""What grades the exercises, beside the tests of each file: likely mistakes, each named in a sentence.
 
-Sentences come first, torch's numbers after them. tests/test_exercises.py hands in wrong solutions, and looks for the sentence.
+Sentences come first, torch's numbers after them. tests/test_exercises.py hands in wrong solutions,
+and looks for the sentence.
 """
 
 import traceback
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from data import IGNORE, Row, batch_of
-from model import attend, causal_mask
+from model import attend, causal_mask, rows_of
 from prefix import Prefix
 from soft_prompt import SoftPrompt
-from train import evaluate, target_hidden
+from train import Scores, evaluate, target_hidden
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +45,7 @@ def not_like(got: Tensor, mistakes: dict[str, Tensor]) -> None:
 
 
 def attempt(hint: str, function: Callable, *given: Any) -> Any:
-    """-> what the function returns. If it raises something, the sentence comes first, then the student's own line."""
+    """-> what the function returns. If it raises, the sentence comes first, then the student's line."""
     raised = None
     try:
         got = function(*given)
@@ -70,84 +71,106 @@ def model(gpt2):
 
 @pytest.mark.ex1
 def test_mistakes_in_the_mask():
-    """Two queries behind a past of three."""
-    mask = attempt("causal_mask takes T, S and a device.", causal_mask, 2, 5, torch.device("cpu"))
-    shaped(mask, (2, 5), "The mask has a row for each of T queries, and a column for each of S keys.")
-    assert mask.dtype == torch.bool, "The mask is of True and False: numbers would be added to the scores."
-    assert mask[0, 0], "True is where a query may look: is it the other way round?"
-    assert mask[1].all(), "The mask of a past? The last query sees every key, so the triangle ends in the lower right corner."
-    assert mask[0].tolist() == [True] * 4 + [False], "The first query sees the past and itself: off by one, or no triangle?"
+    """Behind a past of three, the first of two queries sees all keys but the last, which is new."""
+    what = (2, 5, torch.float64, torch.device("cpu"))
+    mask = attempt("causal_mask takes T, S, a dtype and a device.", causal_mask, *what)
+    hint = "The mask has a row for each of T queries, and a column for each of S keys."
+    shaped(mask, (2, 5), hint)
+    hint = "The mask is added to scores, so it has their dtype: True and False would add 1 and 0."
+    assert mask.dtype == torch.float64, hint
+    assert not mask.isnan().any(), "0 · ∞ is not a number: begin with torch.full, not with a product."
+    hint = "0 is where a query may look, -∞ where it may not: is it the other way round?"
+    assert mask[0, 0] == 0, hint
+    hint = "The mask of a past? The last query sees every key, so the triangle ends in the lower right."
+    assert (mask[1] == 0).all(), hint
+    hint = "The first query sees the past and itself: off by one, or no triangle?"
+    assert (mask[0, :4] == 0).all() and mask[0, 4] != 0, hint
+    assert mask[0, 4] == -torch.inf, "Where a query may not look, the mask is -∞: only that makes a share of 0."
 
 
 @pytest.mark.ex2
 def test_mistakes_in_attention():
     """Two queries behind a past of three, each mistake written out."""
     q, k, v = random(1, H, 2, D), 3 * random(1, H, 5, D, seed=1), random(1, H, 5, D, seed=2)
-    y = attempt("attend takes q of (B, H, T, D), k and v of (B, H, S, D).", attend, q, k, v)
+    late = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    mask = torch.zeros(2, 5, dtype=torch.float64).masked_fill(late, -torch.inf)
+    hint = "attend takes q of (B, H, T, D), k and v of (B, H, S, D), and a mask of (T, S)."
+    y = attempt(hint, attend, q, k, v, mask)
     shaped(y, (1, H, 2, D), "attend returns (B, H, T, D): the weights, (B, H, T, S), times v.")
-    scores = q @ k.transpose(2, 3)
-    late = ~torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    raw = q @ k.transpose(2, 3)  # (B, H, T, S)
+    scores = raw / D**0.5
     upper_left = torch.ones(2, 5, dtype=torch.bool).triu(1)
-    right = (scores / D**0.5).masked_fill(late, -torch.inf)
     not_like(y.nan_to_num(), {
-        "True is where a query may look, so ~mask is where minus infinity goes: is it the other way round?":
-            (scores / D**0.5).masked_fill(~late, -torch.inf).softmax(dim=-1).nan_to_num() @ v,
-        "The mask of a past? is_causal=True and tril() without a diagonal put the triangle into the upper left corner.":
-            (scores / D**0.5).masked_fill(upper_left, -torch.inf).softmax(dim=-1) @ v,
-        "The mask is not used: a query sees the keys behind it.": (scores / D**0.5).softmax(dim=-1) @ v,
-        "Where a query may not look, its score is minus infinity before the softmax, not 0.":
-            (scores / D**0.5).masked_fill(late, 0).softmax(dim=-1) @ v,
-        "Masked after the softmax, the weights of a query do not sum to 1: put in minus infinity before it.":
-            (scores / D**0.5).softmax(dim=-1).masked_fill(late, 0) @ v,
-        "The scores are not divided by √D.": scores.masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
-        "The scores are divided by D, and should be by √D.": (scores / D).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
+        "The mask is not used: a query sees the keys behind it.": scores.softmax(dim=-1) @ v,
+        "The mask that is given knows the past. is_causal=True would put the triangle elsewhere.":
+            scores.masked_fill(upper_left, -torch.inf).softmax(dim=-1) @ v,
+        "The mask is added. Subtracted, it shows each query what it may not see.":
+            (scores - mask).softmax(dim=-1).nan_to_num() @ v,
+        "The mask is added before the softmax. After it, weights no longer sum to 1.":
+            (scores.softmax(dim=-1) + mask).nan_to_num() @ v,
+        "Weights that are cut after the softmax no longer sum to 1: add the mask before it.":
+            scores.softmax(dim=-1).masked_fill(late, 0) @ v,
+        "The scores are not divided by √D.": (raw + mask).softmax(dim=-1) @ v,
+        "The scores are divided by D, and should be by √D.": (raw / D + mask).softmax(dim=-1) @ v,
         "The scores are multiplied by √D, and should be divided by it.":
-            (scores * D**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
-        "Added as numbers, the mask is 1 and 0: put in minus infinity where it is False.":
-            (scores / D**0.5 + ~late).softmax(dim=-1) @ v,
+            (raw * D**0.5 + mask).softmax(dim=-1) @ v,
         "√D, and D is the width of a head: the last axis of q.":
-            (scores / H**0.5).masked_fill(late, -torch.inf).softmax(dim=-1) @ v,
-        "The softmax goes over the keys, the last axis.": right.softmax(dim=-2) @ v,
+            (raw / H**0.5 + mask).softmax(dim=-1) @ v,
+        "The softmax goes over the keys, the last axis.": (scores + mask).softmax(dim=-2) @ v,
     })  # fmt: skip
-    same(y, right.softmax(dim=-1) @ v, "softmax(q·k / √D) v, with the mask: which part is missing?")
-    hint = "The heads of a Llama share keys and values: H/K heads of queries, next to each other, ask the same."
-    more = random(1, 2 * H, 2, D)
-    each = [part.repeat_interleave(2, dim=1) for part in (k, v)]
-    same(attempt(hint, attend, more, k, v), attend(more, *each), hint)
+    hint = "softmax(q·kᵀ / √D + mask) v: which part is missing?"
+    same(y, (scores + mask).softmax(dim=-1) @ v, hint)
 
 
 @pytest.mark.ex3
 def test_mistakes_in_attention_with_a_past(model):
+    """Three new positions behind a past of two: what comes out, and the keys and values."""
     attention, x = model.h[0].attn, random(1, 3, C)
+    mask = causal_mask(3, 5, x.dtype, x.device)
     past = (random(1, H, 2, D, seed=1), random(1, H, 2, D, seed=2))
-    whole = attempt("Heads: (B, T, C) becomes (B, H, T, D) for attend, and (B, T, C) behind it.", attention.forward, x, past)
-    assert isinstance(whole, tuple) and len(whole) == 2, "forward returns two things: what was attended to, and (keys, values)."
+    hint = "Heads: (B, T, C) becomes (B, H, T, D) for attend, and (B, T, C) behind it."
+    whole = attempt(hint, attention.forward, x, mask, past)
+    hint = "forward returns two things: what was attended to, and (keys, values)."
+    assert isinstance(whole, tuple) and len(whole) == 2, hint
     y, kv = whole
-    q, k, v = (part.view(1, 3, H, D).transpose(1, 2) for part in attention.c_attn(x).split(C, dim=2))
+    parts = attention.c_attn(x).split(C, dim=2)
+    q, k, v = (part.view(1, 3, H, D).transpose(1, 2) for part in parts)
     for name, new, old, got in zip(("keys", "values"), (k, v), past, kv):
-        shaped(got, (1, H, 5, D), f"The {name} that come out are those of past and new positions, (B, H, S, D).")
-        not_like(got, {f"The past goes in front of the new {name}, not behind them.": torch.cat([new, old], dim=2)})
-        same(got[:, :, :2], old, f"The past goes in front, as it is: are its {name} among the values, or changed?")
+        hint = f"The {name} that come out are those of past and new positions, (B, H, S, D)."
+        shaped(got, (1, H, 5, D), hint)
+        hint = f"The past goes in front of the new {name}, not behind them."
+        not_like(got, {hint: torch.cat([new, old], dim=2)})
+        hint = f"The past goes in front, as it is: are its {name} among the values, or changed?"
+        same(got[:, :, :2], old, hint)
         for other, part in {"queries": q, "keys": k, "values": v}.items():
+            hint = f"The {name} are the {other}: c_attn makes queries, keys, values, in this order."
             if other != name:
-                not_like(got[:, :, 2:], {f"The {name} are the {other}: c_attn makes queries, keys, values, in this order.": part})
-        same(got[:, :, 2:], new, f"The {name} of heads and positions are mixed up: view as (B, T, H, D), then swap T and H.")
-    (seen, alone), project = (attend(q, *kv), attend(q, k, v)), attention.c_proj
+                not_like(got[:, :, 2:], {hint: part})
+        hint = f"The {name} of heads and positions are mixed up: view as (B, T, H, D), then swap T and H."
+        same(got[:, :, 2:], new, hint)
+    seen, project = attend(q, *kv, mask), attention.c_proj
+    alone = attend(q, k, v, causal_mask(3, 3, x.dtype, x.device))
+    blind = attend(q, *kv, torch.zeros(3, 5, dtype=x.dtype))
     not_like(y, {
-        "The queries do not look at the past: give attend all keys and values.": project(alone.transpose(1, 2).flatten(2)),
+        "The queries do not look at the past: give attend all keys and values.":
+            project(alone.transpose(1, 2).flatten(2)),
+        "The mask is not handed on to attend.": project(blind.transpose(1, 2).flatten(2)),
         "c_proj is missing.": seen.transpose(1, 2).flatten(2),
-        "Heads and positions are mixed up at the end: swap H and T back before they are joined.": project(seen.reshape(1, 3, C)),
+        "Heads and positions are mixed up at the end: swap H and T back before they are joined.":
+            project(seen.reshape(1, 3, C)),
     })  # fmt: skip
-    same(y, project(seen.transpose(1, 2).flatten(2)), "attend, then swap H and T back, join the heads, and c_proj.")
-    attempt("Without a past, past is None, and nothing goes in front: behind knows that.", attention.forward, x, None)
+    hint = "attend, then swap H and T back, join the heads, and c_proj."
+    same(y, project(seen.transpose(1, 2).flatten(2)), hint)
+    hint = "Without a past, past is None, and nothing goes in front: append_past knows that."
+    attempt(hint, attention.forward, x, mask[:, 2:], None)
 
 
 @pytest.mark.ex4
-@pytest.mark.parametrize("behind", [0, 3])
-def test_mistakes_in_generation(model, behind):
+@pytest.mark.parametrize("P", [0, 3])
+def test_mistakes_in_generation(model, P):
     """With no past and behind one of three positions: what is read, and what comes out."""
     T, n, idx, read = 4, 4, random_ids(2, 4), []
-    past = model(random_ids(1, behind, seed=2))[1] if behind else None
+    past = model(random_ids(1, P, seed=2))[1] if P else None
 
     def anew(past) -> Tensor:
         ids = idx
@@ -160,7 +183,7 @@ def test_mistakes_in_generation(model, behind):
     got = attempt(hint, model.generate, idx, n, past)
     hook.remove()
     shaped(got, (2, T + n), "generate returns the prompt and all new tokens, (B, T + new).")
-    if behind:
+    if P:
         not_like(got, {"past_kv is not used: read the prompt behind it.": anew(None)})
     hint = "Not the likeliest: do you take over the cache that each step returns, read only what is new, use the last position?"
     same(got, anew(past), hint)
@@ -213,17 +236,35 @@ def test_mistakes_at_the_stop_token(model):
 
 
 @pytest.mark.ex5
-def test_mistakes_in_freezing(model):
-    model.requires_grad_(True)
-    frozen = model.freeze()
-    assert frozen is model, "freeze returns the model itself: return self."
-    open_still = [name for name, p in model.named_parameters() if p.requires_grad]
-    hint = "Weights still take gradients: eval() does not close them, and all of the model's are to be closed."
-    assert not open_still, f"{hint} {open_still[0]} is open."
-    x = random(1, 3, C).requires_grad_()
-    hidden, cache = model.forward_embeddings(x)
-    passed = hidden.requires_grad and all(t.requires_grad for kv in cache for t in kv)
-    assert passed, "Gradients must still flow through the model, to what was fed in: no_grad and detach cut them off."
+def test_mistakes_in_a_past_for_each_row(model):
+    """Three texts of one length are the pasts of three rows, each of which reads its own."""
+    texts, idx = random_ids(3, 4, seed=1), random_ids(3, 2)
+    caches = [model(text[None])[1] for text in texts]
+    hint = "caches is a list of N caches, each a list of L pairs (k, v) of batch 1."
+    cache = attempt(hint, rows_of, caches)
+    is_list = isinstance(cache, list) and len(cache) == L
+    assert is_list, "One cache comes out: a list with a pair for each layer, not one for each cache."
+    is_pair = all(len(pair) == 2 for pair in cache)
+    assert is_pair, "Each layer has two tensors: join keys with keys, and values with values."
+    hint = "Each row has its own past, so the caches are joined along the batch: (N, H, P, D)."
+    shaped(cache[0][0], (3, H, 4, D), hint)
+    for layer, pair in enumerate(cache):
+        rows = [torch.cat([part[layer][i] for part in caches]) for i in (0, 1)]
+        not_like(pair[0], {"k and v swapped? Keys come first.": rows[1]})
+        not_like(pair[0], {"The rows are in another order than the caches.": rows[0].flip(0)})
+        same(list(pair), rows, "Each layer has the keys and values of that layer, row by row.")
+    apart = [model(idx[i : i + 1], caches[i])[0] for i in range(3)]
+    same(model(idx, cache)[0], torch.cat(apart), "Each row reads its own past, and no other.")
+    hint = "Pasts of several lengths cannot be rows of one batch: raise a ValueError."
+    try:
+        rows_of([caches[0], model(texts[:1, :3])[1]])
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raised = type(error)
+    else:
+        raised = None
+    assert raised is ValueError, hint
 
 
 def random_prefix(P: int = 3, seed: int = 1) -> Prefix:
@@ -399,12 +440,17 @@ def test_mistakes_in_exact_match(model):
 
     a, b, c = said([1, 2, 3, 4], 3), said([5], 2), said([6, 7], 1)
     rows = [Row([1, 2, 3, 4], a), Row([5], [b[0], other(b[1])]), Row([6, 7], c)]
-    rows.append(Row([8, 9, 10], [other(said([8, 9, 10], 1)[0]), 5]))
+    first_wrong = other(said([8, 9, 10], 1)[0])
+    rows.append(Row([8, 9, 10], [first_wrong, other(said([8, 9, 10, first_wrong], 1)[0])]))
     first_wrong = other(said([11], 1)[0])
     rows.append(Row([11], [first_wrong, *said([11, first_wrong], 1)]))
-    loss, exact = attempt("evaluate returns the loss and, for each row, whether it is right.", evaluate, model, [], rows, 2)
+    hint = "evaluate returns Scores: the loss, the share of right tokens, and whether each row is right."
+    scores = attempt(hint, evaluate, model, [], rows, 2)
+    assert isinstance(scores, Scores), hint
+    loss, tokens, exact = scores
     answers = isinstance(exact, list) and len(exact) == 5
-    assert answers, "A list with one answer a row: not one a position, not their mean, and the last chunk, a shorter one, too."
+    hint = "exact has one answer a row: not one a position, not their mean, the last chunk included."
+    assert answers, hint
     right = [True, False, True, False, False]
     order = sorted(range(5), key=lambda i: len(rows[i].source) + len(rows[i].target))
     hint = "The answers are in the order that the rows were sorted to: give them back in the order they came in."
@@ -414,10 +460,13 @@ def test_mistakes_in_exact_match(model):
     assert any(exact), "No row is right: are positions counted whose target is IGNORE?"
     hint = "A row is right if, at each of its target positions, the likeliest token is the target."
     assert exact == right, f"{hint} You have {exact}."
-    one_by_one = [evaluate(model, [], [row], 1)[0] for row in rows]
+    one_by_one = [evaluate(model, [], [row], 1).loss for row in rows]
     n = [len(row.target) for row in rows]
-    hint = "The loss is a sum over tokens, divided once by their number: a mean of means gives short rows too much weight."
-    assert loss == pytest.approx(sum(value * k for value, k in zip(one_by_one, n)) / sum(n), rel=1e-5), hint
+    hint = "The loss is a sum over tokens, divided once: a mean of means weighs short rows too much."
+    expected = sum(value * k for value, k in zip(one_by_one, n)) / sum(n)
+    assert loss == pytest.approx(expected, rel=1e-5), hint
+    hint = "tokens is the share of right tokens among all target tokens, in percent."
+    assert tokens == pytest.approx(100 * (3 + 1 + 1 + 0 + 1) / sum(n)), hint
     prefix = random_prefix()
     hint = "The adapters are not used: their cache is the past of every batch."
-    assert evaluate(model, [prefix], rows, 2)[0] != pytest.approx(loss, rel=1e-3), hint
+    assert evaluate(model, [prefix], rows, 2).loss != pytest.approx(loss, rel=1e-3), hint
