@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from command.answers import report, show_examples
 from command.console import run_command, say
 from command.flags import RECIPES, train_flags
-from command.models import KINDS, check_fit, check_folders, load_examples, new_adapters, open_base
-from command.models import save_record, save_run, settings_of, sizes_of
+from command.models import KINDS, check_fit, check_folders, folders_of, load_examples
+from command.models import new_adapters, open_base, save_record, save_run, settings_of, sizes_of
 from command.process import Progress, start_process, sum_over_processes, this_process
 from command.rates import search_rate
 from data import IGNORE, Batch, Row, batch_of, encode, shuffled_batches
@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rank, _ = start_process(args.batch_size)  # what can fail comes before the model, if it can
     examples = load_examples(args.task, args.data, args.val_data, args.seed)
     record = settings_of(args, examples)  # becomes training.json
-    checkpoint = Checkpoint(args.out, record, args.resume, keep_best=bool(args.patience))
+    film = folders_of(args.method, args.out) if args.film else []
+    checkpoint = Checkpoint(args.out, record, args.resume, bool(args.patience), film)
     check_folders(args.method, args.out, record)
 
     full = args.method == "full"

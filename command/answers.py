@@ -19,8 +19,8 @@ CUT = " … [cut]"  # behind an answer that ran into its limit
 
 @torch.inference_mode()  # as no_grad, and on a small model a tenth quicker
 def answers(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, sources: list[list[int]],
-    limit: int, batch_size: int = 16, **sampling: Any,
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
+    sources: list[list[int]], limit: int, batch_size: int = 16, **sampling: Any,
 ) -> list[str]:  # fmt: skip
     """Source ids -> their continuations as text, of at most `limit` tokens, up to the end of text.
 
@@ -41,7 +41,8 @@ def answers(
 
 
 def show_examples(
-    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding, examples: list[Example],
+    model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
+    examples: list[Example],
     rows: list[Row], wrong: list[int],
 ) -> None:  # fmt: skip
     """Prints three examples, wrong ones first, with the answer and that of the frozen model."""

@@ -54,5 +54,6 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        goes_on = "--resume goes on from the last checkpoint, if there is one"
+        print(f"\ninterrupted: {goes_on}", file=sys.stderr)
         sys.exit(130)

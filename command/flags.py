@@ -35,7 +35,8 @@ PRETRAINING = Recipe("make a small base", 0, lr=3e-2, middle=3e-2, steps=130)
 MOVED = {  # what train.py once did itself
     "python -m small_base.pretrain": ("--method pretrain", "--corpus", "--sizes"),
     "python generate.py": (
-        "--method none", "--adapter", "--prompt", "--predict", "--export", "--temperature", "--top-k",
+        "--method none", "--adapter", "--prompt", "--predict", "--export", "--temperature",
+        "--top-k",
     ),
 }  # fmt: skip
 
@@ -206,4 +207,4 @@ def add_base(add: Callable, default: Path | None) -> None:
 def defaults(field: str) -> str:
     """-> what each recipe has in a field."""
     values = {method: getattr(recipe, field) for method, recipe in RECIPES.items()}
-    return "default: " + ", ".join(f"{method} {value:g}" for method, value in values.items() if value)
+    return "default: " + ", ".join(f"{name} {value:g}" for name, value in values.items() if value)

@@ -22,7 +22,7 @@ from prefix import Prefix
 from small_base.pretrain import pretrain
 from small_base.world import task_examples
 from soft_prompt import SoftPrompt
-from storage.adapters import load_adapter, save_adapter
+from storage.adapters import load_adapter, save_adapter, stored_rows
 from storage.base import load_base, save_base
 from storage.checkpoints import Metrics, curve_of
 from storage.files import TRAINING, check_place, read_json, replace_file, write_json
@@ -67,18 +67,20 @@ def new_adapters(
     elif init == "vocab":  # words of the task, drawn (Li & Liang §6.5, Lester et al. §3.2)
         counts = Counter(i for row in rows for i in row.source + row.target)
         frequent = [token for token, _ in counts.most_common(5000)]
-        adapters = [kind.text(model, drawn_tokens(frequent, P, generator).to(model.device)) for kind in kinds]
+        drawn = [drawn_tokens(frequent, P, generator).to(model.device) for _ in kinds]
+        adapters = [kind.text(model, ids) for kind, ids in zip(kinds, drawn)]
     elif init == "text":
         # By default the end of a training example: the input comes where a new document would
         ids = tokenizer.encode(init_text or "", allowed_special="all")
         ids = ids or (rows[0].source + rows[0].target)[-len(kinds) * P :]
-        ids = torch.tensor(ids * len(kinds) * P, device=model.device)  # repeated as often as need be
+        ids = torch.tensor(ids * len(kinds) * P, device=model.device)  # repeated if too short
         adapters = [kind.text(model, ids[i * P : (i + 1) * P]) for i, kind in enumerate(kinds)]
     else:
         adapters = load_adapters(init, model)
     if [type(adapter) for adapter in adapters] != kinds:
-        held, wanted = (" and ".join(k.__name__ for k in some) for some in (map(type, adapters), kinds))
-        raise ValueError(f"--init {init} holds {held}, and --method trains {wanted or 'no adapter'}")
+        held = " and ".join(type(adapter).__name__ for adapter in adapters)
+        wanted = " and ".join(kind.__name__ for kind in kinds) or "no adapter"
+        raise ValueError(f"--init {init} holds {held}, and --method trains {wanted}")
     if mid_dim:
         torch.manual_seed(seed)
         adapters[0].reparametrise(mid_dim)
@@ -109,7 +111,7 @@ def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
 
 
 def trained_on(directory: str | Path) -> tuple[str | None, bool]:
-    """A saved adapter, or the folder of a stack -> the name of its base, and whether it was --chat."""
+    """A saved adapter, or the folder of a stack -> its base's name, and whether it was --chat."""
     folder = adapter_folders(directory)[0]
     config = read_json(folder / "adapter_config.json")
     record = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
@@ -144,10 +146,11 @@ def check_fit(
 
 def settings_of(args: argparse.Namespace, examples: dict[str, list[Example]]) -> dict[str, Any]:
     """-> what decides how a run goes, the base left out. Two runs that agree in it are the same."""
-    flags = "method task n_virtual init init_text mid_dim steps lr batch_size seed eval_every patience chat"
+    flags = ["method", "task", "n_virtual", "init", "init_text", "mid_dim", "chat"]
+    flags += ["steps", "lr", "batch_size", "seed", "eval_every", "patience"]
     pairs = [example[:2] for split in ("train", "validation") for example in examples[split]]
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
-    return {flag: getattr(args, flag) for flag in flags.split()} | {"examples": digest}
+    return {flag: getattr(args, flag) for flag in flags} | {"examples": digest}
 
 
 def sizes_of(model: Decoder, adapters: list[nn.Module]) -> dict[str, Any]:
@@ -155,14 +158,13 @@ def sizes_of(model: Decoder, adapters: list[nn.Module]) -> dict[str, Any]:
     n_base = sum(p.numel() for p in model.parameters())
     parts = [model, *adapters]
     n_trainable = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
-    rows = [a.kv() if isinstance(a, Prefix) else a.vectors for a in adapters]  # what is stored
-    n_stored = sum(tensor.numel() for tensor in rows) or n_base
+    n_stored = sum(stored_rows(adapter).numel() for adapter in adapters) or n_base
     percent = 100 * n_stored / n_base
     return {"n_base": n_base, "n_trainable": n_trainable, "n_stored": n_stored, "percent": percent}
 
 
 def check_folders(method: str, out: Path, record: dict[str, Any]) -> None:
-    """Raises ValueError if a run's folders hold what another run trained, or cannot be written to."""
+    """Raises ValueError if a run's folders hold another run, or cannot be written to."""
     for folder in {out, *folders_of(method, out)}:  # a stack does not move in with an adapter
         check_place(folder, record)
 

@@ -17,8 +17,8 @@ def start_process(batch_size: int | None = None) -> tuple[int, int]:
     """Makes runs repeat bit for bit, and meets the other processes of torchrun -> rank, processes.
 
     Raises ValueError if a batch has not an example for each of them.
-    MKL's sums must not depend on where memory happens to lie. Its functions want a first call on one
-    thread, or they may lose digits on several (github.com/pytorch/pytorch/issues/188792).
+    MKL's sums must not depend on where memory happens to lie. Its functions want a first call on
+    one thread, or they may lose digits on several (github.com/pytorch/pytorch/issues/188792).
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     torch.ones(1).sqrt().tanh()
@@ -123,5 +123,6 @@ class Progress:
             if self.validation is not None:
                 losses += f"  validation {self.validation:.3f}"
             speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
-            start, end = ("\r", "") if self.terminal else ("", "\n")
-            say(f"step {step:4}/{self.steps}{losses}  {speed}", start, "\n" if step == self.steps else end)
+            start = "\r" if self.terminal else ""
+            end = "" if self.terminal and step < self.steps else "\n"
+            say(f"step {step:4}/{self.steps}{losses}  {speed}", start, end)

@@ -36,7 +36,7 @@ from storage.tokenizers import build_tokenizer, ranks_of, save_tokenizer
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file -> its text. Raises ValueError if it is missing, empty or in another encoding."""
+    """A UTF-8 file -> its text. Raises ValueError if it is missing, empty or not UTF-8."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,10 +47,11 @@ def read_text(path: str | Path) -> str:
 
 
 def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """Texts -> up to n_merges pairs of byte strings, the most frequent neighbours first (Sennrich et al. 2016).
+    """Texts -> up to n_merges pairs of byte strings, the most frequent neighbours first.
 
-    Words are GPT-2's (its splitting pattern), counted once each, and a merge revisits only the words that hold it. A run of
-    more than 50 characters without a break is no word, and would be revisited by nearly every merge.
+    (Sennrich et al. 2016.) Words are split as GPT-2 splits them and counted once each. A merge
+    revisits only the words that hold it. A run of more than 50 characters is left out: nearly every
+    merge would revisit it.
     """
     found = (word for text in texts for word in regex.findall(r50k_pat_str, text))
     counts = Counter(word for word in found if len(word) <= 50)
@@ -123,13 +124,16 @@ def initialise(model: GPT) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             # what is added to the residual stream starts smaller, by the root of its 2 L terms
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer) if "c_proj" in name else 0.02)
+            smaller = math.sqrt(2 * c.n_layer) if "c_proj" in name else 1.0
+            nn.init.normal_(parameter, std=0.02 / smaller)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.wte.weight, std=0.4)
     nn.init.constant_(model.ln_f.weight, 0.1)  # the head is wte: logits still start small
-    angles = torch.arange(c.block_size)[:, None] * 1000 ** -(torch.arange(0, c.n_embd, 2) / c.n_embd)
-    model.wpe.weight.copy_(0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd])
+    speeds = 1000 ** -(torch.arange(0, c.n_embd, 2) / c.n_embd)  # radians a position
+    angles = torch.arange(c.block_size)[:, None] * speeds
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)[:, : c.n_embd]  # (block_size, C)
+    model.wpe.weight.copy_(0.3 * waves)
     for block in model.h:
         values = nn.init.orthogonal_(block.attn.c_attn.weight[2 * c.n_embd :])
         block.attn.c_proj.weight.copy_(0.3 * values.T)
@@ -184,8 +188,8 @@ def pretrain(
     """Makes a base of texts, or of the restaurant world, and saves it with its tokenizer to `out`.
 
     Documents are packed into one stream and read in windows. A base is never overwritten, not even
-    by another process that ends later. Raises ValueError if another model is there, or the texts are
-    too few.
+    by another process that ends later. Raises ValueError if a model is there, or the texts are too
+    few.
     """
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a model, which is not overwritten: name another --out")
@@ -194,7 +198,9 @@ def pretrain(
     check_place(out, record)
     say(f"pretraining the small base, once, into {out}")
     rng = random.Random(seed)
-    documents = [[text] for text in corpus] or [random_document(rng) for _ in range(2 * steps * batch_size)]
+    documents = [[text] for text in corpus]
+    if not documents:
+        documents = [random_document(rng) for _ in range(2 * steps * batch_size)]
     merges = train_bpe(["\n".join(lines) for lines in documents[:5000]], n_merges=700)
     tokenizer = build_tokenizer(ranks_of(merges))
     stream = packed(documents, tokenizer)
@@ -208,8 +214,8 @@ def pretrain(
     initialise(model)
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
-    peaks = [lr, lr / 2]
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizers = {Muon(matrices, lr): lr, adam: lr / 2}  # each with its peak rate
     generator, progress = torch.Generator().manual_seed(seed), Progress(0, steps)
     for step in range(1, steps + 1):
         # a short warm-up, a plateau, and a straight line down over the last 30 %
@@ -220,7 +226,7 @@ def pretrain(
         scored = targets != IGNORE
         loss = F.cross_entropy(hidden[scored] @ model.head.T, targets[scored].to(device))
         loss.backward()
-        for optimizer, peak in zip(optimizers, peaks):
+        for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = share * peak
             optimizer.step()

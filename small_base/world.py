@@ -1,4 +1,6 @@
-"""The restaurant world, after E2E, the benchmark of the prefix-tuning paper: records, forms to write them in, and tasks.
+"""The restaurant world: records, forms to write them in, and tasks.
+
+It follows E2E, the benchmark of the prefix-tuning paper.
 
 The base learns to read a record in one form and to write it in others:
 
@@ -8,12 +10,13 @@ The base learns to read a record in one form and to write it in others:
 >>> FORMS["sentence"](record)
 'The Palace serves Thai food in the riverside area , asks cheap prices and is rated 4 of 5 .'
 
-No document ever says which form it wants: that is what an adapter tells the frozen base. A task is a pair of forms:
+No document says which form it wants. That is what an adapter tells the frozen base. A task is a
+pair of forms:
 
 >>> TASKS["sentiment"]
 Task(tier='elicited', source='review', target='verdict')
->>> task_example(TASKS["sentiment"], record)
-Example(input='I had Thai food at the Palace in the riverside area : cheap and good .', target='positive', where='')
+>>> task_example(TASKS["sentiment"], record).target
+'positive'
 """
 
 import random
@@ -34,10 +37,11 @@ class Record(NamedTuple):
 
 
 VALUES = Record(
-    "Alder Amber Anchor Basil Beacon Cedar Clover Comet Coral Dragon Ember Falcon Ginger Hazel Indigo Jasmine Juniper Lantern "
-    "Laurel Maple Meadow Nectar Olive Opal Orchid Palace Pepper Quince Raven Saffron Sorrel Thistle Tiger Umber Violet "
-    "Willow".split(),
-    "Thai Indian French Greek Turkish Polish Korean Spanish Mexican English Chinese Italian".split(),
+    "Alder Amber Anchor Basil Beacon Cedar Clover Comet Coral Dragon Ember Falcon Ginger Hazel "
+    "Indigo Jasmine Juniper Lantern Laurel Maple Meadow Nectar Olive Opal Orchid Palace Pepper "
+    "Quince Raven Saffron Sorrel Thistle Tiger Umber Violet Willow".split(),
+    "Thai Indian French Greek Turkish Polish Korean Spanish Mexican English Chinese "
+    "Italian".split(),
     "riverside station harbour market castle museum park university".split(),
     "cheap fair moderate high low steep modest average".split(),
     [1, 2, 3, 4, 5],
@@ -47,11 +51,12 @@ VERDICT = {1: "negative", 2: "negative", 3: "neutral", 4: "positive", 5: "positi
 
 
 def successor(r: Record) -> Record:
-    """-> the record whose every value is the next one in its list: an arbitrary mapping that no document holds."""
-    return Record(*(values[(values.index(value) + 1) % len(values)] for values, value in zip(VALUES, r)))
+    """-> the record of the next values in each list: a mapping that no document holds."""
+    places = [values.index(value) + 1 for values, value in zip(VALUES, r)]
+    return Record(*(values[place % len(values)] for values, place in zip(VALUES, places)))
 
 
-# Values stand in mid-line behind a space, so that each is one and the same token wherever it is copied from or to.
+# Values stand in mid-line behind a space, so each is the same token wherever it is copied.
 FORMS: dict[str, Callable[[Record], str]] = {
     "table": lambda r: f"name : {r.name} | food : {r.food} | area : {r.area} | price : {r.price} | rating : {r.rating}",
     "sentence": lambda r: f"The {r.name} serves {r.food} food in the {r.area} area , asks {r.price} prices and is rated {r.rating} of 5 .",
@@ -76,7 +81,8 @@ DOCUMENTS = {
 
 
 class Task(NamedTuple):
-    """elicited: a pair of forms that documents hold. recombined: both forms, never as a pair. new: never the target."""
+    """elicited: documents hold the pair of forms. recombined: both forms, never as a pair. new:
+    never the target."""
 
     tier: str
     source: str
@@ -101,8 +107,9 @@ def task_example(task: Task, record: Record) -> Example:
 def split_of(record: Record) -> str:
     """-> "test" or "validation", one restaurant in eleven each, or "train".
 
-    By name, food and area, which every source states: so no test input ever equals a training input. Restaurants are
-    numbered through, and since 11 divides none of the sizes in VALUES, each value has its fair share in each split.
+    By name, food and area, which every source states: no test input ever equals a training input.
+    Restaurants are numbered through. 11 divides none of the sizes in VALUES, so each value has its
+    fair share in each split.
     """
     number = 0
     for values, value in zip(VALUES[:3], record):

@@ -6,6 +6,7 @@ base.json beside them is ours: PEFT does not know on which weights an adapter wa
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model import Decoder
 from prefix import Prefix
@@ -24,17 +25,20 @@ PROMPT = {  # with another init, PEFT would ask for a text before it loads the v
 SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 
 
+def stored_rows(adapter: Prefix | SoftPrompt) -> Tensor:
+    """-> (P, width) what PEFT keeps of an adapter: keys and values, an MLP baked in, or vectors."""
+    return adapter.kv().flatten(1) if isinstance(adapter, Prefix) else adapter.vectors
+
+
 def save_adapter(
     adapter: Prefix | SoftPrompt, directory: str | Path, model: Decoder | None = None
 ) -> None:
     """Writes a PEFT directory, and the fingerprint of the base if given. An MLP is baked in."""
-    directory = Path(directory)
+    directory, rows = Path(directory), stored_rows(adapter)
     if isinstance(adapter, Prefix):
-        kv = adapter.kv()  # (P, L, 2, H, D)
-        rows, (P, L, _, H, D) = kv.flatten(1), kv.shape
+        P, L, _, H, D = adapter.start.shape
         config = PREFIX | dict(zip(SIZES, (P, L, H, H * D))) | {"encoder_hidden_size": H * D}
     else:
-        rows = adapter.vectors  # (P, C)
         L, H = (model.config.n_layer, model.config.n_head) if model else (None, None)
         config = PROMPT | dict(zip(SIZES, (len(rows), L, H, rows.size(1))))
     tensors = {"prompt_embeddings": rows.float().cpu()}

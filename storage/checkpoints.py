@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn, optim
 
+from storage.adapters import stored_rows
 from storage.files import difference, read_tensors, write_tensors
 
 Metrics = list[dict[str, Any]]  # one entry a step; step 0 and each look also have "validation"
@@ -25,7 +26,7 @@ def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tens
 
 
 def entry_of(scores: Any) -> dict[str, Any]:
-    """What `evaluate` says -> the entry of a look, with the numbers of the first rows that are wrong."""
+    """What `evaluate` says -> the entry of a look, with the first three rows that are wrong."""
     wrong = [i for i, exact in enumerate(scores.exact) if not exact][:3]
     numbers = {"validation": scores.loss, "tokens": scores.tokens}
     return numbers | {"exact_match": scores.exact_match(), "wrong": wrong}
@@ -51,8 +52,15 @@ def looks_since_best(metrics: Metrics) -> int:
 class Checkpoint:
     """Where a run keeps its checkpoint, and what the one that lies there says of itself."""
 
-    def __init__(self, directory: Path, settings: dict[str, Any], resume: bool, keep_best: bool):
-        """Raises ValueError if one is there that is not to be resumed, or none that is."""
+    def __init__(
+        self, directory: Path, settings: dict[str, Any], resume: bool, keep_best: bool,
+        film: list[Path] = [],
+    ):  # fmt: skip
+        """Raises ValueError if one is there that is not to be resumed, or none that is.
+
+        With a film, each adapter's numbers are kept, look by look, in the folder it names.
+        """
+        self.film = film
         self.file = directory / "checkpoint.safetensors"
         self.best = directory / "best.safetensors"
         self.keep_best, self.metrics = keep_best, []
@@ -82,15 +90,18 @@ class Checkpoint:
         try:
             with safe_open(self.file, "pt") as opened:
                 about = opened.metadata()
-            self.metrics, self.stored = json.loads(about["metrics"]), dict(json.loads(about["settings"]))
+            self.metrics, self.stored = json.loads(about["metrics"]), json.loads(about["settings"])
             whole = self.step > 0 and self.lr > 0 and looks_since_best(self.metrics) >= 0
-        except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            whole = whole and isinstance(self.stored, dict)
+        except (SafetensorError, ArithmeticError, LookupError, RecursionError):
+            whole = False
+        except (AttributeError, TypeError, ValueError):  # not of the types that it should hold
             whole = False
         if not whole:
             raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")
 
     def add_settings(self, settings: dict[str, Any]) -> None:
-        """Notes what decides how the run goes. Raises ValueError if the stored run differs in it."""
+        """Notes what decides how the run goes. Raises ValueError if the stored run differs."""
         self.settings |= settings
         other = difference(self.stored, settings)
         if self.metrics and other:
@@ -101,12 +112,21 @@ class Checkpoint:
         """Writes the checkpoint. The last one stays until this one is whole."""
         about = {"metrics": json.dumps(metrics), "settings": json.dumps(self.settings)}
         write_tensors(self.file, numbers_of(trainee, optimizer), about)
+        self.keep_frame(trainee, metrics[-1]["step"])
         if self.keep_best and looks_since_best(metrics) == 0:
             write_tensors(self.best, trainee.state_dict())
+
+    def keep_frame(self, adapters: nn.ModuleList, step: int) -> None:
+        """Adds each adapter's numbers to its film, a tensor a step. Step 0 begins a new one."""
+        for folder, adapter in zip(self.film, adapters):
+            file = folder / "film.safetensors"
+            frames = read_tensors(file) if step else {}
+            write_tensors(file, frames | {str(step): stored_rows(adapter)})
 
     def restore(self, trainee: nn.Module, optimizer: optim.Optimizer) -> Metrics:
         """Puts the stored numbers in place -> the metrics so far, none where there is no file."""
         if not self.metrics:
+            self.keep_frame(trainee, 0)
             return []
         for p in trainee.parameters():
             if p.requires_grad:  # AdamW makes these at its first step
