@@ -200,9 +200,7 @@ def test_a_file_of_results_has_a_run_a_line(tmp_path):
 # -------------------------------------------------------------------------------- what the pages say is what was measured
 
 
-README, PAGE = (path.read_text(encoding="utf-8") for path in (CLASSROOM.parent / "README.md", CLASSROOM / "README.md"))
-REPORTS = ["## Which one for your task?", "## On real language: E2E"]  # the sections of the README that report results
-PAGES = ["\n\n".join(README.split(start)[1].split("\n## ")[0] for start in REPORTS), PAGE]
+PAGE = (CLASSROOM / "README.md").read_text(encoding="utf-8")
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
 
@@ -234,46 +232,31 @@ def test_the_stored_comparison_shows_its_runs():
         assert table in stored("compare")
 
 
-def test_every_table_of_the_pages_is_a_stored_one():
+def test_every_table_of_the_page_is_a_stored_one():
     results = "\n".join(path.read_text(encoding="utf-8") for path in common.RESULTS.glob("*.md"))
-    for table in (table for text in PAGES for table in TABLE.findall(text)):
+    for table in TABLE.findall(PAGE):
         assert table in results, table
 
 
-def test_the_readme_shows_the_stored_benchmark():
-    """Each row of its table, a method at a length: the time here and in PEFT and their ratio, in float32 and in bfloat16."""
-    found = json.loads((CLASSROOM.parent / "tests" / "benchmark.json").read_text(encoding="utf-8"))
-    rows, sizes = {row["what"]: row for row in found["comparison"]}, {"GPT-2 small": "124M", "SmolLM2-135M": "135M"}
-    table = re.findall(r"^\| ([\w-]+(?: small)?), ([a-z ]+) of (\d+): (?:ms a |MB )([a-z ]+) \| (.+) \|$", README, re.MULTILINE)
-    assert len(table) == 16
-    for size, method, P, what, cells in table:
-        row = f"{sizes[size]} {method.replace(' ', '_')} P={P}"
-        both = [rows[f"{row} {dtype} {what}"] for dtype in ("float32", "bfloat16")]
-        shown = [f"{x['here']:,.0f} | {x['peft']:,.0f} | {x['here'] / x['peft']:.2f}" for x in both]
-        assert cells == " | ".join(shown), row
-
-
 def test_every_number_of_the_prose_is_in_a_stored_table():
-    """Of what was seen, to the digits shown: a paragraph that begins with «*We saw*», and the verdicts of the README.
-
-    It is in the table of the experiment under whose heading it stands, or in its script; for the README, in any of them.
-    """
-    said = [(part.split(".png")[0].split("results/")[-1], part) for part in PAGES[1].split("\n## ") if "results/" in part]
-    cases = [(name, text) for name, part in said for text in part.split("\n\n") if text.startswith("*We saw")]
-    everything = "\n".join(path.read_text(encoding="utf-8") for path in common.RESULTS.glob("*.md"))
-    cases += [(None, text.split("\n\n")[0]) for text in PAGES[0].split("\n- ")[1:]]
+    """A paragraph that begins with «*We saw*» has only numbers of its experiment's table or script."""
+    parts = [part for part in PAGE.split("\n## ") if "results/" in part]
+    cases = [
+        (part.split(".png")[0].split("results/")[-1], text)
+        for part in parts
+        for text in part.split("\n\n")
+        if text.startswith("*We saw")
+    ]
     assert len(cases) > 5
     for name, text in cases:
-        scripts = [name] if name else [*NAMES, "compare", "e2e"]
-        known = stored(name) if name else everything
-        known += "".join((CLASSROOM / f"{script}.py").read_text(encoding="utf-8") for script in scripts)
-        numbers = set(NUMBER.findall(re.sub(r"^\*[^*]+\*", "", text)))  # the claim itself, in italics, is not ours
-        assert not (missing := numbers - set(NUMBER.findall(known))), f"{name}: {missing} in {text}"
+        known = stored(name) + (CLASSROOM / f"{name}.py").read_text(encoding="utf-8")
+        missing = set(NUMBER.findall(text)) - set(NUMBER.findall(known))
+        assert not missing, f"{name}: {missing} in {text}"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if (common.RESULTS / f"{name}.json").exists()])
 def test_the_readme_shows_each_experiment(name):
     """Its question and its figure; and the full results lie beside."""
     found = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    assert f"## {found['question']}\n\n![](results/{name}.png)" in PAGES[1] and (common.RESULTS / f"{name}.png").exists()
+    assert f"## {found['question']}\n\n![](results/{name}.png)" in PAGE and (common.RESULTS / f"{name}.png").exists()
     assert found["command"].startswith(f"python classroom/{name}.py")

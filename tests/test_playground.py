@@ -23,14 +23,14 @@ from playground import main, page_of
 from torch import Tensor
 
 from data import Example, source_ids
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, stacked_past_kv
 from prefix import Prefix
 from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
+from storage.adapters import save_adapter
 from storage.base import load_base, save_base
 from storage.files import write_json, write_tensors
 from storage.tokenizers import load_tokenizer, save_tokenizer
-from train import stacked_past_kv
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -199,14 +199,14 @@ class World:
         self.other = Prefix(torch.randn(2, 3, 2, 2, 8, generator=generator))
         self.prompt = SoftPrompt(torch.randn(4, 16, generator=generator))
         self.film = torch.randn(2, 5, 3, 2, 2, 8, generator=generator)
-        self.prefix.save(directory / "prefix", self.model)
+        save_adapter(self.prefix, directory / "prefix", self.model)
         frames = {"10": self.film[1], "9": self.film[0]}
         write_tensors(directory / "prefix" / "film.safetensors", frames)
         write_jsonl(directory / "mine.jsonl", [Example("The Palace serves </script>", "")])
         write_json(directory / "prefix" / "training.json", {"data": str(directory / "mine.jsonl")})
-        self.prompt.save(directory / "prompt", self.model)
-        self.other.save(directory / "both" / "prefix", self.model)
-        self.prompt.save(directory / "both" / "soft_prompt", self.model)
+        save_adapter(self.prompt, directory / "prompt", self.model)
+        save_adapter(self.other, directory / "both" / "prefix", self.model)
+        save_adapter(self.prompt, directory / "both" / "soft_prompt", self.model)
         self.adapters = [str(directory / name) for name in ("prefix", "prompt", "both")]
 
     def page(self, dtype: torch.dtype = torch.float32) -> Path:
