@@ -1,7 +1,6 @@
 """Answers of a model as text: completed, shown, and written to a file."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import files_in, forty, raising, run, write_jsonl
 
-import command.models
 import generate
 import train
 from command.models import load_adapters, load_examples
