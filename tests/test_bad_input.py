@@ -277,7 +277,9 @@ class Watch:
 WATCH = Watch()
 
 
-def check_file(places: Path, directory: str, file: str, make, use, n: int, inert: bool = True) -> None:
+def check_file(
+    places: Path, directory: str, file: str, make, use, n: int, inert: bool = True
+) -> None:
     """n drawn contents of one file, each loaded and used; some succeed and some do not.
 
     Whatever a file says, nothing is done but to read the files of its own directory, if `inert`.
