@@ -27,8 +27,8 @@ from storage.base import load_base  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
 # The run pretrains a base, briefly, tunes a prefix through its MLP, and leaves many checkpoints
-FLAGS = "--mid-dim 4 --steps 40 --eval-every 3 --batch-size 2 --device cpu".split()
-OUT = "out/sentence/prefix"
+FLAGS = "--data few.jsonl --mid-dim 4 --steps 40 --eval-every 3 --batch-size 2 --device cpu".split()
+OUT = "out/few/prefix"
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -53,6 +53,8 @@ print(touches, own)
 
 def start(folder: Path, fatal: int = 0) -> subprocess.Popen:
     root, checkpoint = str(Path(train.__file__).parent), folder / OUT / "checkpoint.safetensors"
+    lines = [json.dumps({"input": letter, "target": letter}) + "\n" for letter in "abcdefgh"]
+    (folder / "few.jsonl").write_text("".join(lines))
     resume = ["--resume"] if checkpoint.exists() else []
     command = [sys.executable, "-c", CHILD, root, str(fatal), *FLAGS, *resume]
     return subprocess.Popen(
