@@ -45,6 +45,7 @@ RECIPES = TUNED | {
     "none": Recipe("train nothing", 0, 0.0, 0.0),
     "lora": Recipe("train small updates of the weights", 4, 1e-2, 1e-3),  # its length is a rank
 }
+STEPS = 150  # of a run, unless an experiment says otherwise: the stored results had as many
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path("out/quick")
 
@@ -126,7 +127,7 @@ def best_rate(middle: float, loss_at: Callable[[float], float]) -> float:
     """
 
     def rounded(rate: float) -> float:
-        return train.two_digits(middle * 3.0 ** round(math.log(rate / middle, 3)))
+        return float(f"{middle * 3.0 ** round(math.log(rate / middle, 3)):.2g}")
 
     losses = train.search_rate(middle, lambda rate: loss_at(rounded(rate)))
     return rounded(min(losses, key=losses.get))
@@ -332,7 +333,7 @@ class Experiment:
         examples = {split: some[: self.at_most] for split, some in examples.items()}
         rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
         P = n_virtual or recipe.n_virtual
-        steps = self.steps(steps or recipe.steps)
+        steps = self.steps(steps or STEPS)
         if method == "lora":
             add_lora(model, rank=P, seed=seed)
         kinds = KINDS.get(method, [])

@@ -105,9 +105,9 @@ def test_mistakes_in_attention():
         "The mask that is given knows the past. is_causal=True would put the triangle elsewhere.":
             scores.masked_fill(upper_left, -torch.inf).softmax(dim=-1) @ v,
         "The mask is added. Subtracted, it shows each query what it may not see.":
-            (scores - mask).softmax(dim=-1).nan_to_num() @ v,
+            ((scores - mask).softmax(dim=-1) @ v).nan_to_num(),
         "The mask is added before the softmax. After it, weights no longer sum to 1.":
-            (scores.softmax(dim=-1) + mask).nan_to_num() @ v,
+            ((scores.softmax(dim=-1) + mask) @ v).nan_to_num(),
         "Weights that are cut after the softmax no longer sum to 1: add the mask before it.":
             scores.softmax(dim=-1).masked_fill(late, 0) @ v,
         "The scores are not divided by √D.": (raw + mask).softmax(dim=-1) @ v,
@@ -237,8 +237,8 @@ def test_mistakes_at_the_stop_token(model):
 
 @pytest.mark.ex5
 def test_mistakes_in_a_past_for_each_row(model):
-    """Three texts of one length are the pasts of three rows, each of which reads its own."""
-    texts, idx = random_ids(3, 4, seed=1), random_ids(3, 2)
+    """Two texts of one length are the pasts of two rows, each of which reads its own."""
+    texts, idx = random_ids(2, 4, seed=1), random_ids(2, 2)
     caches = [model(text[None])[1] for text in texts]
     hint = "caches is a list of N caches, each a list of L pairs (k, v) of batch 1."
     cache = attempt(hint, rows_of, caches)
@@ -247,13 +247,13 @@ def test_mistakes_in_a_past_for_each_row(model):
     is_pair = all(len(pair) == 2 for pair in cache)
     assert is_pair, "Each layer has two tensors: join keys with keys, and values with values."
     hint = "Each row has its own past, so the caches are joined along the batch: (N, H, P, D)."
-    shaped(cache[0][0], (3, H, 4, D), hint)
+    shaped(cache[0][0], (2, H, 4, D), hint)
     for layer, pair in enumerate(cache):
         rows = [torch.cat([part[layer][i] for part in caches]) for i in (0, 1)]
         not_like(pair[0], {"k and v swapped? Keys come first.": rows[1]})
         not_like(pair[0], {"The rows are in another order than the caches.": rows[0].flip(0)})
         same(list(pair), rows, "Each layer has the keys and values of that layer, row by row.")
-    apart = [model(idx[i : i + 1], caches[i])[0] for i in range(3)]
+    apart = [model(idx[i : i + 1], caches[i])[0] for i in range(2)]
     same(model(idx, cache)[0], torch.cat(apart), "Each row reads its own past, and no other.")
     hint = "Pasts of several lengths cannot be rows of one batch: raise a ValueError."
     try:
