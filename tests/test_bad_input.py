@@ -231,7 +231,7 @@ def memory():
     assert peak() - before < 2**30
 
 
-@pytest.mark.parametrize("file", ["test_bad_input.py", "test_train.py"])
+@pytest.mark.parametrize("file", ["test_bad_input.py", "test_commands.py"])
 def test_these_tests_are_collected_on_windows(monkeypatch, file):
     """Which has neither of these modules, and no fork."""
     for name in ("resource", "pwd", "fcntl"):
