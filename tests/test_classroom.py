@@ -210,9 +210,9 @@ def test_a_run_ends_when_all_is_right(model):
     assert [look["step"] for look in common.looks_of(run)] == [0, 2, 4, 6]  # only if asked to
 
 
-def test_a_loss_that_is_no_number_counts_as_infinite(model):
+def test_a_loss_that_is_no_number_counts_as_infinite(gpt2):
     """A rate that is too high ends no experiment. It is only never chosen."""
-    model = model.float()
+    model = gpt2.float()
     rows = {"train": [Row([1], [2])], "validation": [Row([1], [2])]}
     for steps in (1, 6):  # it is seen in the last look, or in training
         plan = train.Plan(steps, lr=1e38, batch_size=1, seed=0, eval_every=6)
