@@ -145,9 +145,9 @@ def test_outside_the_softmax_the_text_keeps_its_attention():
 
 
 def test_each_head_of_queries_has_a_matrix_of_its_own():
-    """In a Llama, whose heads come folded into those of their keys, as with keys for each head."""
+    """So it is in each layer, and in a Llama, whose heads come folded into those of their keys."""
     model, idx = random_model(family="llama"), random_ids(2, 7)
-    outside, attn = exp6_outside.Outside(model).double(), model.h[0].attn
+    outside, attn = exp6_outside.Outside(model).double(), model.h[1].attn
     generator = torch.Generator().manual_seed(0)
     outside.matrices.data = torch.randn(outside.matrices.shape, generator=generator).double()
     x, read = model.wte(idx), []
@@ -159,7 +159,7 @@ def test_each_head_of_queries_has_a_matrix_of_its_own():
     hook.remove()
     q = rotate(attn.split_heads(attn.q_proj(x)), 0, frequencies(model.config, model.device))
     phi = torch.where(q > 0, q + 1, q.exp())  # (B, H, T, D)
-    added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[0]).flatten(2)
+    added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[1]).flatten(2)
     torch.testing.assert_close(read[1] - read[0], added)
 
 
