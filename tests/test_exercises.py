@@ -290,6 +290,7 @@ def graded(tmp_path_factory) -> dict:
     return json.loads((copy / "found.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(graded):
     """The tests of each exercise need that exercise, and none behind it.
 
@@ -306,6 +307,7 @@ def test_blank_exactly_its_own_tests_fail_and_restored_nothing_has_changed(grade
         assert {n for marked, *_ in outcomes.values() for n in marked} == set(range(1, number + 1))
 
 
+@pytest.mark.slow
 def test_each_likely_mistake_is_noticed_and_named(graded):
     """Each has its sentence, at the head of the first message, after which `pytest -m exN` stops."""
     assert MISTAKES.keys() == EXERCISES.keys() and min(map(len, MISTAKES.values())) >= 3

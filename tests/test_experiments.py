@@ -25,6 +25,7 @@ from prefix import Prefix
 
 CLASSROOM = Path(common.__file__).parent
 NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
+QUICK = ("exp2_capacity", "exp4_forgetting")  # enough to see that the shared parts work
 
 
 def experiment(name, base, out) -> dict:
@@ -32,7 +33,10 @@ def experiment(name, base, out) -> dict:
     return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES],
+)
 def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, capsys):
     """With the question, the command, the seeds and every single run; and with matplotlib its figure."""
     found = experiment(name, base, tmp_path)
@@ -44,6 +48,7 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
     assert (tmp_path / f"{name}.png").exists() == ("no figure" not in printed)
 
 
+@pytest.mark.slow
 def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
     """Runs are stored as they end; run again, an experiment measures nothing, and says the same."""
     done, looks_of = [], exp1_demand.looks_of
@@ -109,6 +114,7 @@ def test_a_divergence_is_that_of_the_textbook():
     assert [value.item() for value in itself] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_prefix_is_not_measured_on_what_it_was_taught_on(base, tmp_path):
     """A quarter of the questions is held out, and answers that were cut have no mark of it."""
     args = ["--base", base, "--device", "cpu", "--out", str(tmp_path)]
@@ -139,9 +145,9 @@ def test_outside_the_softmax_the_text_keeps_its_attention():
 
 
 def test_each_head_of_queries_has_a_matrix_of_its_own():
-    """In a Llama, whose heads come folded into those of their keys, as with keys for each head."""
+    """So it is in each layer, and in a Llama, whose heads come folded into those of their keys."""
     model, idx = random_model(family="llama"), random_ids(2, 7)
-    outside, attn = exp6_outside.Outside(model).double(), model.h[0].attn
+    outside, attn = exp6_outside.Outside(model).double(), model.h[1].attn
     generator = torch.Generator().manual_seed(0)
     outside.matrices.data = torch.randn(outside.matrices.shape, generator=generator).double()
     x, read = model.wte(idx), []
@@ -153,10 +159,11 @@ def test_each_head_of_queries_has_a_matrix_of_its_own():
     hook.remove()
     q = rotate(attn.split_heads(attn.q_proj(x)), 0, frequencies(model.config, model.device))
     phi = torch.where(q > 0, q + 1, q.exp())  # (B, H, T, D)
-    added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[0]).flatten(2)
+    added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[1]).flatten(2)
     torch.testing.assert_close(read[1] - read[0], added)
 
 
+@pytest.mark.slow
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
     """exp4 prints «→», which cp1252 lacks: another shows, and all that was measured is stored."""
     console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
@@ -167,6 +174,7 @@ def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
     assert len(json.loads((tmp_path / "out" / "quick" / "exp4_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
 
 
+@pytest.mark.slow
 def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("the console is gone")

@@ -194,7 +194,7 @@ class World:
         model.wte.weight.data[-1] = 0  # never the likeliest: answers are as long as there is room
         save_tokenizer(self.base, merges)
         save_base(model, self.base)
-        self.model, self.tokenizer = load_base(self.base).freeze(), load_tokenizer(self.base)
+        self.model, self.tokenizer = load_base(self.base).requires_grad_(False), load_tokenizer(self.base)
         self.prefix = Prefix(torch.randn(5, 3, 2, 2, 8, generator=generator))
         self.other = Prefix(torch.randn(2, 3, 2, 2, 8, generator=generator))
         self.prompt = SoftPrompt(torch.randn(4, 16, generator=generator))
