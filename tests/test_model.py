@@ -103,7 +103,6 @@ def test_gpt2_splits_into_queries_keys_and_values(gpt2):
     assert_close(y[0], attention.c_proj(torch.cat(heads, dim=1)))
 
 
-@pytest.mark.ex3
 def test_a_llama_turns_queries_and_keys_and_shares_keys_among_heads():
     """A pair of a head is a complex number, turned by its position. Two heads share their keys."""
     attention, P, T = random_model(family="llama").h[0].attn, 2, 3
@@ -289,7 +288,6 @@ def test_a_context_too_long_is_refused_in_one_sentence(model):
     assert model(random_ids(1, 27), past)[0].shape == (1, 27, V)
 
 
-@pytest.mark.ex5
 def test_a_frozen_model_lets_gradients_through(model):
     """It has none of its own, and passes them on to its input and to its past."""
     x = noise(1, 3, C).requires_grad_()
