@@ -134,8 +134,9 @@ class Checkpoint:
                 optimizer.state[p] = {"step": torch.tensor(0.0)} | zeros
         numbers, stored = numbers_of(trainee, optimizer), read_tensors(self.file)
         shapes = {name: tensor.shape for name, tensor in numbers.items()}
-        steps = {tensor.item() for name, tensor in stored.items() if name.endswith("/step")}
-        if shapes != {name: t.shape for name, t in stored.items()} or steps != {self.step}:
+        whole = shapes == {name: tensor.shape for name, tensor in stored.items()}
+        steps = [tensor for name, tensor in stored.items() if name.endswith("/step")]
+        if not whole or any(step != self.step for step in steps):
             raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")
         for name, tensor in numbers.items():
             tensor.copy_(stored[name])

@@ -18,13 +18,13 @@ from data import IGNORE, Example, Row, batch_of, check_lengths, encode
 from data import hold_out, read_jsonl, shuffled_batches, source_ids
 from small_base.pretrain import train_bpe
 from small_base.world import random_document
-from storage.tokenizers import build_tokenizer, ranks_of
+from storage.tokenizers import Encoding, build_tokenizer, ranks_of
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     rng = random.Random(0)
-    return build_tokenizer(ranks_of(train_bpe([random_document(rng) for _ in range(500)], 300)))
+    return build_tokenizer(ranks_of(train_bpe(["\n".join(random_document(rng)) for _ in range(500)], 300)))
 
 
 def test_the_examples_in_the_docstring_run():
@@ -254,7 +254,7 @@ def chat_tokenizer():
     """Bytes and five added tokens, among them the end of text."""
     names = ["<|endoftext|>", "<think>", "</think>", "<|im_start|>", "<|im_end|>"]
     special = {name: 256 + i for i, name in enumerate(names)}
-    return build_tokenizer({bytes([b]): b for b in range(256)}, special=special)
+    return Encoding({bytes([b]): b for b in range(256)}, special, end=256)
 
 
 def test_added_tokens_in_a_text_become_their_ids(chat_tokenizer):

@@ -26,7 +26,6 @@ from small_base.world import random_document
 from soft_prompt import SoftPrompt
 from storage.adapters import load_adapter, save_adapter
 from storage.base import fingerprint, load_base, save_base
-from storage.checkpoints import Checkpoint
 from storage.files import (
     OURS, check_place, check_predictions, check_writable, read_json, read_tensors, replace_file,
     write_json, write_tensors,
@@ -200,22 +199,21 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
 def test_a_base_or_an_adapter_of_unknown_training_is_not_overwritten(tmp_path, name):
     """Such as a GPT-2 of four files, or PEFT's own adapter; one file of it is enough."""
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=f"holds {name} of unknown training, which is not overwr"):
+    with pytest.raises(ValueError, match=f"holds {name} of unknown training. It is not overwritten"):
         check_place(tmp_path, HERE)
     assert names(tmp_path) == {name} and (tmp_path / name).read_text() == "{}"
 
 
-@pytest.mark.parametrize("key", ["method", "task", "data", "base", "steps"])
+@pytest.mark.parametrize("key", [None, "method", "task", "data", "base", "steps"])
 def test_what_another_training_left_is_not_overwritten(tmp_path, key):
-    """Of another task, other data, another method or base. The same at another length may be."""
-    before = HERE | {key: "a/train"}
+    """Whatever setting differs: a good adapter is not lost to a bad one. The same run replaces it."""
+    before = HERE | ({key: "other"} if key else {})
     write_json(tmp_path / "training.json", before)
     (tmp_path / "adapter_config.json").write_text("{}")
-    if key == "steps":
+    if key is None:
         check_place(tmp_path, HERE)
     else:
-        who = "{method} trained for {task} \\({data}\\) on {base}".format(**before)
-        with pytest.raises(ValueError, match=f"holds {who}, which is not overwritten: name "):
+        with pytest.raises(ValueError, match=f"another run: {key} other, not .* not overwritten"):
             check_place(tmp_path, HERE)
     assert read_json(tmp_path / "training.json") == before
     assert names(tmp_path) == {"training.json", "adapter_config.json"}
@@ -498,7 +496,7 @@ def tokenizer_files(directory: Path, merges: list[tuple[bytes, bytes]]) -> None:
 def test_any_text_survives_its_tokens(tmp_path):
     """With a vocabulary of one's own, bytes, emoji and control characters come back."""
     rng = random.Random(0)
-    tokenizer_files(tmp_path, train_bpe([random_document(rng) for _ in range(500)], 300))
+    tokenizer_files(tmp_path, train_bpe(["\n".join(random_document(rng)) for _ in range(500)], 300))
     tokenizer = load_tokenizer(tmp_path)
     ids = tokenizer.encode(DIFFICULT, allowed_special="all")
     assert tokenizer.decode(ids) == DIFFICULT and tokenizer.eot_token not in ids
@@ -824,132 +822,3 @@ def test_another_shape_is_refused_before_it_is_read(model, tmp_path, monkeypatch
     monkeypatch.setattr(torch.Tensor, "isfinite", None)  # reads them all
     with pytest.raises(ValueError, match=rf"rows \({rows}, {width}\), and .*, 16\), at most 32"):
         load_adapter(tmp_path, model)
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-SETTINGS = {"method": "prefix", "lr": 0.3}
-
-
-def trained(steps: int = 3):
-    """-> a trainee of two layers, the first one frozen, its optimizer after so many steps, and the curve of them."""
-    torch.manual_seed(0)
-    trainee = torch.nn.Sequential(torch.nn.Linear(2, 3).requires_grad_(False), torch.nn.Linear(3, 5))
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        trainee(torch.ones(1, 2)).square().sum().backward()
-        optimizer.step()
-    return trainee, optimizer, [(0, 2.5), (steps, 1.25)]
-
-
-@pytest.fixture
-def file(tmp_path):
-    """A checkpoint after three steps."""
-    trainee, optimizer, curve = trained()
-    Checkpoint(tmp_path / "out" / "checkpoint.safetensors", SETTINGS, False).save(trainee, optimizer, 3, curve)
-    return tmp_path / "out" / "checkpoint.safetensors"
-
-
-def load(file: Path, resume: bool = True, settings=SETTINGS):
-    trainee, optimizer, _ = trained(0)
-    return Checkpoint(file, settings, resume).load(trainee, optimizer), trainee, optimizer
-
-
-def test_a_checkpoint_comes_back_bit_for_bit(file):
-    """Numbers, averages, step and curve; what is frozen has no averages."""
-    (step, curve), trainee, optimizer = load(file)
-    before, optimizer_before, curve_before = trained()
-    assert (step, curve) == (3, curve_before)
-    assert_close(trainee.state_dict(), before.state_dict(), rtol=0, atol=0)
-    found, expected = optimizer.state_dict(), optimizer_before.state_dict()
-    assert set(found["state"]) == {2, 3} and found["param_groups"] == expected["param_groups"]
-    for i, averages in expected["state"].items():
-        assert_close(found["state"][i], averages, rtol=0, atol=0)
-    assert names(file.parent) == {"checkpoint.safetensors"}
-
-
-def test_without_a_checkpoint_a_run_starts_at_step_0(tmp_path):
-    for resume in (True, False):
-        assert load(tmp_path / "none", resume)[0] == (0, [])
-
-
-def test_a_checkpoint_that_is_not_to_be_resumed_is_not_lost(file):
-    """Nor one of another run: it is refused with what differs, and stays."""
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match="is of a run stopped after step 3: add --resume to go on, or delete it"):
-        load(file, resume=False)
-    for settings, differs in ((SETTINGS | {"lr": 0.5}, "lr 0.3, not 0.5"), (SETTINGS | {"seed": 1}, "seed None, not 1")):
-        with pytest.raises(ValueError, match=f"is of a run with {differs}: repeat its flags, or delete it"):
-            load(file, settings=settings)
-    assert file.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"settings": "null"},
-        {"settings": "3"},
-        {"settings": None},
-        {"curve": "[]"},
-        {"curve": "null"},
-        {"curve": "[3]"},
-        {"curve": '["step", "loss"]'},
-        {"curve": '[["a", "b"]]'},
-        {"curve": "[[1, 2, 3]]"},
-        {"curve": "[[1e999, 1]]"},
-        {"step": '"two"'},
-        {"step": "null"},
-        {"step": "1e999"},
-        {"step": "NaN"},
-        {"step": "-1"},
-        {"step": "0"},
-        {"step": "2"},
-        {"step": "[" * 10**5},
-        {"step": "{"},
-    ],
-    ids=lambda changes: " ".join(f"{key} {value:.20}" if value else f"no {key}" for key, value in changes.items()),
-)
-def test_a_checkpoint_with_crafted_metadata_gets_one_sentence(file, changes):
-    """Whatever stands where step, curve and settings belong."""
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() | changes
-    save_file(load_file(file), file, {key: value for key, value in metadata.items() if value is not None})
-    with pytest.raises(ValueError, match="is not a whole checkpoint .*: delete it to start anew"):
-        load(file)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: {},
-        lambda t: {k: v for k, v in t.items() if k != "1.weight"},
-        lambda t: {k: v for k, v in t.items() if k != "2/exp_avg"},
-        lambda t: {k: v for k, v in t.items() if k != "3/step"},
-        lambda t: t | {"1.weight": t["1.weight"].T.contiguous()},
-        lambda t: t | {"1.weight": t["1.weight"][:2]},
-        lambda t: t | {"2/exp_avg": t["2/exp_avg"].T.contiguous()},  # as many numbers, in another shape
-        lambda t: t | {"2/exp_avg_sq": t["2/exp_avg_sq"][:2]},
-        lambda t: t | {"2/step": torch.ones(3)},
-        lambda t: t | {"2/step": torch.tensor(-1.0)},
-        lambda t: t | {"0/exp_avg": torch.ones(3, 2)},
-        lambda t: t | {"other": torch.ones(3)},
-    ],
-    ids=["none", "no weight", "no average", "no step", "weight turned", "weight cut", "average turned", "average cut",
-         "three steps", "before the first step", "averages of what is frozen", "one too many"],
-)  # fmt: skip
-def test_a_checkpoint_with_crafted_tensors_gets_one_sentence(file, change):
-    """Missing, unknown, or of another shape than what is trained."""
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    save_file(change(load_file(file)), file, metadata)
-    with pytest.raises(ValueError, match="is not a whole checkpoint .*: delete it to start anew"):
-        load(file)
-
-
-def test_a_checkpoint_cut_short_gets_one_sentence(file):
-    content = file.read_bytes()
-    for part in (content[:-9], content[:5], b"", b"[" * 10**5):
-        file.write_bytes(part)
-        with pytest.raises(ValueError, match="is not a whole checkpoint"):
-            load(file)
