@@ -32,7 +32,8 @@ const WORD = /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{
   /|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/.source;
 const rank = new Map(page.vocab.map((token, id) => [token, id])); // a token is a string of bytes
 const END = page.vocab.length - 1; // the end of text
-function encode(text) {
+const encode = (text) => text.split(/(<\|endoftext\|>)/).flatMap((part, i) => i % 2 ? END : words(part));
+function words(text) {
   return (text.match(RegExp(WORD, "gu")) ?? []).flatMap((word) => {
     const parts = Array.from(new TextEncoder().encode(word), (byte) => String.fromCharCode(byte));
     for (;;) {

@@ -22,9 +22,8 @@ from command.flags import DEFAULT_BASE
 from command.models import STACK
 from data import read_jsonl
 from model import GPT
-from prefix import Prefix
 from small_base.world import TASKS, task_examples
-from storage.adapters import load_adapter
+from storage.adapters import load_adapter, stored_rows
 from storage.files import TRAINING, read_json, read_tensors, replace_file
 
 MOST = 20_000_000  # numbers of a base: 53 MB of HTML
@@ -39,7 +38,7 @@ def packed(tensor: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 def packed_adapter(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Any]:
     """A saved adapter -> its numbers, (P, width), after those of its film if there is one."""
     adapter = load_adapter(folder, model)
-    rows = adapter.kv().flatten(1) if isinstance(adapter, Prefix) else adapter.vectors
+    rows = stored_rows(adapter)
     film = folder / "film.safetensors"
     kept = read_tensors(film) if film.exists() else {}
     frames = {f"step {step}": kept[step].view_as(rows) for step in sorted(kept, key=int)}

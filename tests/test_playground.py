@@ -23,7 +23,7 @@ from playground import main, page_of
 from torch import Tensor
 
 from data import Example, source_ids
-from model import GPT, GPTConfig, KVCache, stacked_past_kv
+from model import GPT, GPTConfig, KVCache, causal_mask, stacked_past_kv
 from prefix import Prefix
 from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
@@ -370,9 +370,10 @@ def test_a_layer_without(page: Browser, world: World):
         world.model,
         torch.tensor([source_ids(world.tokenizer, page.js('$("text").value'))]),
     )
-    x = model.place(model.wte(ids), 5)
+    x, T = model.add_positions(model.wte(ids), 5), ids.size(1)
     for layer, (block, past) in enumerate(zip(model.h, world.prefix.past_kv(model))):
-        x, _ = block(x, None if layer == 1 else past)
+        P = 0 if layer == 1 else 5
+        x, _ = block(x, causal_mask(T, P + T, x.dtype, x.device), past if P else None)
     assert close(page.logits("on"), (model.ln_f(x) @ model.head.T)[0])
 
 

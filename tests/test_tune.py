@@ -138,8 +138,8 @@ def test_a_start_may_be_a_text_or_words_of_the_task(base):
     ids = (tokenizer.encode("Thai food") * 5)[:5]
     assert_close(vectors("text", "Thai food"), model.wte.weight[ids], rtol=0, atol=0)
     seen = sorted({i for row in rows for i in row.source + row.target})
-    distances = torch.cdist(vectors("vocab", seed=1), model.wte.weight[seen])
-    assert (distances.min(dim=1).values < 1e-3).all()
+    equal = vectors("vocab", seed=1)[:, None] == model.wte.weight[seen]  # (P, tokens, C)
+    assert equal.all(dim=2).any(dim=1).all()
     assert (vectors("vocab", seed=1) != vectors("vocab", seed=2)).any()
 
 
@@ -240,7 +240,7 @@ def test_nothing_is_evaluated_twice(base, tmp_path, monkeypatch):
     assert record["loss_tuned"] == record["curve"][-1][1]
     calls.clear()
     run(base, "--task", "chat", "--steps", "1", "--batch-size", "50", "--out", tmp_path / "task")
-    assert [len(rows) for _, rows in calls] == [500, 200, 200, 500]
+    assert [len(rows) for _, rows in calls] == [300, 100, 100, 300]
 
 
 # ------------------------------------------------------------------------------- learning rates
