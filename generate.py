@@ -59,21 +59,22 @@ def assess(
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates on a file, or the test data of a task, with and without adapters -> the scores."""
     task = args.task or "sentence"
-    examples = read_jsonl(args.data) if args.data else task_examples(task, "test", 500, args.seed)
+    examples = read_jsonl(args.data) if args.data else task_examples(task, "test", 300, args.seed)
     rows = encode(tokenizer, examples, template)
     n_virtual = past_length(stacked_past_kv(adapters, model))
     check_lengths(examples, rows, model.config.block_size, n_virtual)
-    frozen = tuned = evaluate_frozen(model, rows, args.batch_size)
+    looks = {"frozen": evaluate_frozen(model, rows, args.batch_size)}
     if adapters:
-        tuned = entry_of(evaluate(model, adapters, rows, args.batch_size))
-    scores = report(frozen, tuned)
+        looks["tuned"] = entry_of(evaluate(model, adapters, rows, args.batch_size))
+    scores = report(looks)
     if args.predict:
         sources = [row.source for row in rows]
         got = answers(model, adapters, tokenizer, sources, args.max_new_tokens, args.batch_size)
         write_predictions(args.predict, examples, got)
         say(f"{len(got)} predictions in {args.predict}")
     else:
-        show_examples(model, adapters, tokenizer, examples, rows, tuned["wrong"])
+        wrong = looks["tuned" if adapters else "frozen"]["wrong"]
+        show_examples(model, adapters, tokenizer, examples, rows, wrong)
     return scores
 
 

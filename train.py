@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     checkpoint.end()
     if examples["test"] is not examples["validation"]:  # else tuning has looked at them just now
         tuned = entry_of(evaluate(model, adapters, rows["test"], args.batch_size))
-    record |= report(frozen, tuned)
+    record |= report({"frozen": frozen, "tuned": tuned})
     save_record(record)
     show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned["wrong"])
     return record

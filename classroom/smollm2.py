@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "tokenizer.json", tokenizer | {"decoder": byte_level, "model": model})
     ids = {end: field[f"tokenizer.ggml.{end}_token_id"] for end in ("bos", "eos")}
     named = {f"{end}_token": tokens[i] for end, i in ids.items()}
+    named["chat_template"] = field["tokenizer.chat_template"]
     write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | named)
     write_json(out / "config.json", config | {f"{end}_token_id": i for end, i in ids.items()})
     prompt = "The capital of France is"

@@ -69,10 +69,10 @@ def write_predictions(file: Path, examples: list[Example], predictions: list[str
     replace_file(file, "".join(f"{line}\n" for line in lines).encode())
 
 
-def report(frozen: dict[str, Any], tuned: dict[str, Any]) -> dict[str, float]:
-    """Two entries of metrics -> all of their numbers by name, and a line of each."""
+def report(looks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Entries of metrics, by who was tested -> their numbers by name, and a line of each."""
     numbers = {}
-    for name, scores in (("frozen", frozen), ("tuned", tuned)):
+    for name, scores in looks.items():
         loss, tokens, exact = scores["validation"], scores["tokens"], scores["exact_match"]
         shares = f"tokens right {tokens:5.1f} %  exact match {exact:5.1f} %"
         say(f"test     {name:6}  loss {loss:.3f}  {shares}")
