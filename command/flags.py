@@ -31,7 +31,7 @@ RECIPES = {
     "both": Recipe("train a prefix and a soft prompt behind it", 4, 3e-1, 3e-2),
     "full": Recipe("train all weights", 0, 1.5e-3, 1e-4),
 }
-PRETRAINING = Recipe("make a small base", 0, lr=3e-2, middle=3e-2, steps=130)
+PRETRAINING = Recipe("make a small base", 0, lr=3e-2, middle=3e-2, steps=120)
 MOVED = {  # what train.py once did itself
     "python -m small_base.pretrain": ("--method pretrain", "--corpus", "--sizes"),
     "python generate.py": (
