@@ -6,7 +6,7 @@
     python generate.py --adapter out/mine/both --export out/mine/one          a stack as one prefix
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a wrong flag is answered before torch takes its seconds to load
     from command.console import before_torch
     from command.flags import generate_flags
 
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start_process()
     if args.predict:
         check_predictions(args.predict)
-    base, chat = trained_on(args.adapter[0]) if args.adapter else (None, False)
-    base, chat = args.base or base or DEFAULT_BASE, args.chat or chat
+    own_base, own_chat = trained_on(args.adapter[0]) if args.adapter else (None, False)
+    base, chat = args.base or own_base or DEFAULT_BASE, args.chat or own_chat
     model, tokenizer, template = open_base(base, chat, args.device, args.dtype)
     adapters = [adapter for name in args.adapter for adapter in load_adapters(name, model)]
     if args.export:

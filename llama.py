@@ -101,7 +101,7 @@ class Llama(Decoder):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.n_shared = config.n_head // config.n_kv_head
+        self.queries_per_key = config.n_head // config.n_kv_head
         norm = partial(nn.RMSNorm, config.n_embd, config.rms_norm_eps)
         self.h = nn.ModuleList()
         for _ in range(config.n_layer):

@@ -49,8 +49,9 @@ class SoftPrompt(nn.Module):
         return cls(torch.zeros(P, model.config.n_embd, device=model.device))
 
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
-        """-> L pairs (k, v) of (1, H, P, D), as the model computes them; behind `past_kv` if given.
+        """-> L pairs (k, v) of (1, H, P, D), as the model computes them.
 
+        Behind a `past_kv`, they are those of all positions, with a row for each of its rows.
         Raises ValueError if the model is of another width.
         """
         (P, C), width = self.vectors.shape, model.config.n_embd

@@ -8,7 +8,7 @@
 generate.py uses what was trained.
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a wrong flag is answered before torch takes its seconds to load
     from command.console import before_torch
     from command.flags import train_flags
 
@@ -85,9 +85,11 @@ def evaluate(
         logits = (hidden @ model.head.T).float()  # (N, V)
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         right = logits.argmax(dim=-1) == targets  # (N,)
-        n_right, n_targets = n_right + int(right.sum()), n_targets + len(targets)
+        n_right += int(right.sum())
+        n_targets += len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row of each position
-        exact[chunk[row_of[~right].cpu()]] = False
+        wrong = row_of[~right].cpu()  # rows of the chunk that have a wrong token
+        exact[chunk[wrong]] = False
     return Scores(loss / n_targets, 100 * n_right / n_targets, exact.tolist())
 
 

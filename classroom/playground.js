@@ -115,7 +115,6 @@ function forward(idx, past_kv) {
   const { hidden, cache, looks } = forward_embeddings(idx.map((id) => wte[id]), past_kv);
   return { logits: hidden.map((row) => wte.map((vector) => dot(vector, row))), cache, looks };
 }
-
 // ---- prefix.py and soft_prompt.py, with the page's knobs
 const value = (id) => Number($(id).value);
 /** -> which of an adapter's virtual tokens are used, in their order. */

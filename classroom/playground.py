@@ -19,7 +19,7 @@ from torch import Tensor
 
 from command.console import run_command, say
 from command.flags import DEFAULT_BASE
-from command.models import STACK
+from command.models import adapter_folders
 from data import read_jsonl
 from model import GPT
 from small_base.world import TASKS, task_examples
@@ -65,13 +65,13 @@ def page_of(base: str | Path, directories: list[str], dtype: torch.dtype = torch
         raise ValueError(f"{found}: give a GPT of at most {MOST:,}, such as {DEFAULT_BASE}")
     adapters, examples = [], []
     for directory in map(Path, directories):
-        stack = [directory / name for name in STACK if (directory / name).is_dir()]
-        inputs = inputs_of((stack or [directory])[0], max(1, 4 // len(directories)), len(adapters))
+        folders = adapter_folders(directory)
+        inputs = inputs_of(folders[0], max(1, 4 // len(directories)), len(adapters))
         examples += [{"text": text, "adapter": len(adapters)} for text in inputs]
-        for folder in stack or [directory]:
-            name = "/".join(folder.resolve().parts[-3 if stack else -2 :])
+        for folder in folders:
+            name = "/".join(folder.resolve().parts[-1 - len(folders) :])
             adapters.append({"name": name} | packed_adapter(folder, model, dtype))
-        if stack:
+        if len(folders) > 1:
             adapters[-2]["partner"] = len(adapters) - 1
     names = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
     numbers = {"config": asdict(model.config), "n_base": n_base, "bits": torch.finfo(dtype).bits}

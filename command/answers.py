@@ -41,8 +41,7 @@ def answers(
 
 def show_examples(
     model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
-    examples: list[Example],
-    rows: list[Row], wrong: list[int],
+    examples: list[Example], rows: list[Row], wrong: list[int],
 ) -> None:  # fmt: skip
     """Prints three examples, wrong ones first, with the answer and that of the frozen model."""
     chosen = list(dict.fromkeys([*wrong, *range(len(rows))]))[:3]
@@ -61,12 +60,12 @@ def show_examples(
 
 
 def write_predictions(file: Path, examples: list[Example], predictions: list[str]) -> None:
-    """Writes input, target and prediction of each example, an object a line."""
-    lines = [
-        json.dumps({"input": example.input, "target": example.target, "prediction": prediction})
-        for example, prediction in zip(examples, predictions)
-    ]
-    replace_file(file, "".join(f"{line}\n" for line in lines).encode())
+    """Writes input, target, prediction, and whether that was cut, of each example as JSONL."""
+    lines = ""
+    for (source, target, _), prediction in zip(examples, predictions):
+        row = {"input": source, "target": target, "prediction": prediction.removesuffix(CUT)}
+        lines += json.dumps(row | {"cut": prediction.endswith(CUT)}) + "\n"
+    replace_file(file, lines.encode())
 
 
 def report(looks: dict[str, dict[str, Any]]) -> dict[str, float]:

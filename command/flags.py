@@ -22,7 +22,6 @@ class Recipe(NamedTuple):
     n_virtual: int  # of each adapter
     lr: float  # chosen on validation data, for the small base
     middle: float  # where the search of a rate begins on any other base
-    steps: int = 100
 
 
 RECIPES = {
@@ -31,7 +30,7 @@ RECIPES = {
     "both": Recipe("train a prefix and a soft prompt behind it", 4, 3e-1, 3e-2),
     "full": Recipe("train all weights", 0, 1.5e-3, 1e-4),
 }
-PRETRAINING = Recipe("make a small base", 0, lr=3e-2, middle=3e-2, steps=120)
+PRETRAIN_STEPS, PRETRAIN_LR = 120, 3e-2
 MOVED = {  # what train.py once did itself
     "python -m small_base.pretrain": ("--method pretrain", "--corpus", "--sizes"),
     "python generate.py": (
@@ -170,7 +169,7 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
 
 def pretrain_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments -> the flags of small_base.pretrain."""
-    parser, (_, _, lr, _, steps) = Parser(description), PRETRAINING
+    parser, steps, lr = Parser(description), PRETRAIN_STEPS, PRETRAIN_LR
     add = parser.add_argument
     world = "UTF-8 texts to train on (default: the restaurant world)"
     add("--corpus", metavar="FILE", nargs="+", default=[], help=world)

@@ -25,7 +25,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor, nn
 
 from command.console import run_command, say
-from command.flags import PRETRAINING, pretrain_flags
+from command.flags import PRETRAIN_LR, PRETRAIN_STEPS, pretrain_flags
 from command.process import Progress, pick_device, start_process
 from data import IGNORE
 from model import GPT, GPTConfig
@@ -179,8 +179,8 @@ def pretrain(
     out: Path,
     corpus: Sequence[str] = (),
     sizes: Sequence[int] = (4, 4, 128, 128),
-    steps: int = PRETRAINING.steps,
-    lr: float = PRETRAINING.lr,
+    steps: int = PRETRAIN_STEPS,
+    lr: float = PRETRAIN_LR,
     batch_size: int = 16,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),

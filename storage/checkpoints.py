@@ -91,11 +91,9 @@ class Checkpoint:
             with safe_open(self.file, "pt") as opened:
                 about = opened.metadata()
             self.metrics, self.stored = json.loads(about["metrics"]), json.loads(about["settings"])
-            whole = self.step > 0 and self.lr > 0 and looks_since_best(self.metrics) >= 0
-            whole = whole and isinstance(self.stored, dict)
-        except (SafetensorError, ArithmeticError, LookupError, RecursionError):
-            whole = False
-        except (AttributeError, TypeError, ValueError):  # not of the types that it should hold
+            curve_of(self.metrics)  # fails where an entry is none
+            whole = self.step > 0 and self.lr > 0 and isinstance(self.stored, dict)
+        except (SafetensorError, RecursionError, AttributeError, LookupError, TypeError, ValueError):
             whole = False
         if not whole:
             raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")

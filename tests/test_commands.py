@@ -335,8 +335,10 @@ def test_an_adapter_is_evaluated_on_a_file_and_predictions_are_written(base, tmp
         assert scores[key] == pytest.approx(train.evaluate(model, some, rows, 3).loss, rel=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     got = answers(model, adapters, tokenizer, [row.source for row in rows], 9)
-    assert [(line["input"], line["target"], line["prediction"]) for line in lines] == [
-        (example.input, example.target, text) for example, text in zip(examples, got)
+    assert lines == [
+        {"input": example.input, "target": example.target, "cut": text.endswith(CUT)}
+        | {"prediction": text.removesuffix(CUT)}
+        for example, text in zip(examples, got)
     ]
     assert "7 predictions in " in capsys.readouterr().out and files_in(tmp_path / "out") == before
     use(base, *flags)  # without --predict it shows three

@@ -175,7 +175,7 @@ def test_all_layers_share_one_mask(model):
         block.attn.attend = noted
     model(random_ids(1, 11), model(random_ids(1, 3, seed=1))[1])
     assert len(masks) == 2 * L and len({id(mask) for mask in masks}) == 2
-    assert_close(masks[-1], float64_mask(11, 14).repeat(model.n_shared, 1))
+    assert_close(masks[-1], float64_mask(11, 14).repeat(model.queries_per_key, 1))
 
 
 # ---------------------------------------------------------------------------------------- the model
