@@ -37,8 +37,10 @@ def undecorated(source: str) -> str:
             classes = re.findall(r"^class (\w+)", source[: found.start()], re.MULTILINE)
             name = f"{classes[-1]}.{name}"
         ends.append(f"{name} = torch.{wrapper}()({name})\n")
-    body, main, last = DECORATED.sub(r"\1def \3", source).partition('if __name__ == "__main__":')
-    return body + "".join(ends) + main + last
+    plain = DECORATED.sub(r"\1def \3", source)
+    main = plain.rfind('if __name__ == "__main__":')  # the last one: programs begin with another
+    main = main if main > 0 else len(plain)
+    return plain[:main] + "".join(ends) + plain[main:]
 
 
 def mutmut(copy: Path, *words: str) -> str:

