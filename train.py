@@ -68,9 +68,7 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
-    model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_size: int
-) -> Scores:
+def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_size: int) -> Scores:
     """-> how well the targets are predicted.
 
     Greedy decoding gives a target if and only if, behind each part of the target, the likeliest
@@ -211,9 +209,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rates = find_rate(begin, model, rows, plan, RECIPES[args.method].middle)
         plan = plan._replace(lr=min(rates, key=rates.get))
     checkpoint.add_settings({"rates": rates})
-    metrics = tune(
-        model, adapters, rows, plan, checkpoint, lambda m: looks_since_best(m) == args.patience
-    )
+    is_done = lambda metrics: looks_since_best(metrics) == args.patience  # never, for None
+    metrics = tune(model, adapters, rows, plan, checkpoint, is_done)
     if rank > 0:  # one process is enough for what remains
         return record
     tuned = checkpoint.restore_best(nn.ModuleList(adapters or [model]), metrics)
