@@ -18,7 +18,7 @@ import command.models
 import generate
 import train
 from command.answers import CUT, answers
-from command.console import run_command
+from command.console import before_torch, run_command
 from command.flags import generate_flags, train_flags
 from data import Example, encode, source_ids
 from model import stacked_past_kv
@@ -393,3 +393,24 @@ def test_chat_gives_the_same_ids_in_training_and_use(base, tmp_path, monkeypatch
     generate.main([*common, str(tmp_path / "e")])
     generate.main([*common[:-1], "--base", str(place), "--chat"])
     assert seen == 3 * [[expected]]
+
+
+# ----------------------------------------------------------------------------------- begin and end
+
+
+def test_before_torch_threads_are_told_to_sleep_while_they_wait(monkeypatch):
+    """And the flags are read, with the program's description. Whoever set a policy keeps it."""
+    read = []
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for policy in ("passive", "active"):
+        before_torch(read.append, "what it does")
+        assert os.environ["OMP_WAIT_POLICY"] == policy
+        monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert read == ["what it does"] * 2
+
+
+def test_an_interrupted_program_ends_with_status_130_and_one_line(capsys):
+    with pytest.raises(SystemExit, match="130"):
+        run_command(raising(KeyboardInterrupt()))
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.strip().startswith("interrupted: --resume goes on")
