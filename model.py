@@ -207,6 +207,6 @@ def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None
 def rows_of(caches: list[KVCache]) -> KVCache:
     """N caches of batch 1 and one length -> one of batch N: each row has its own past."""
     lengths = [past_length(cache) for cache in caches]
-    if min(lengths) < max(lengths):
+    if len(set(lengths)) > 1:
         raise ValueError(f"pasts of {lengths} positions in one batch: give adapters of one length")
     return [tuple(torch.cat(tensors) for tensors in zip(*layer)) for layer in zip(*caches)]
