@@ -43,14 +43,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def append_past(past: KV | None, k: Tensor, v: Tensor) -> KV:
-    """Past (B, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions.
-
-    Either may have batch 1, which serves all rows of the other.
-    """
+    """Past (B or 1, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions."""
     if past is None:
         return k, v
-    B = max(len(past[0]), len(k))
-    past_k, past_v, k, v = (tensor.expand(B, -1, -1, -1) for tensor in (*past, k, v))
+    past_k, past_v = (tensor.expand(len(k), -1, -1, -1) for tensor in past)
     return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 

@@ -86,8 +86,7 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
         n_right += int(right.sum())
         n_targets += len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row of each position
-        wrong = row_of[~right].cpu()  # rows of the chunk that have a wrong token
-        exact[chunk[wrong]] = False
+        exact[chunk[row_of[~right].cpu()]] = False
     return Scores(loss / n_targets, 100 * n_right / n_targets, exact.tolist())
 
 
