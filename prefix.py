@@ -53,7 +53,7 @@ class Prefix(nn.Module):
     @classmethod
     def zero(cls, model: Decoder, P: int) -> "Prefix":
         """-> P rows of zeros. A zero key still draws attention, so this is not a no-op. Equal rows
-        get equal gradients and stay equal: P of them never learn more than one could."""
+        get equal gradients and stay equal, unless an MLP makes them: P learn no more than one."""
         return cls(torch.zeros(model.kv_shape(P), device=model.device))
 
     def reparametrise(self, mid_dim: int) -> "Prefix":

@@ -13,7 +13,7 @@ itself computes the cache from it, layer by layer, so P · C numbers steer all L
                └───────────────────┴───────────────────┘
                     (1, P, C)           (B, T, C)
 
-The vectors go through the model at batch 1, once a step. All rows of the batch share their cache.
+The vectors go through the model at batch 1. All rows of a batch share the cache they give.
 """
 
 import torch

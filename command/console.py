@@ -12,7 +12,7 @@ def before_torch(flags: Callable[[str], Any], description: str) -> None:
     """What has to happen before torch is imported, which takes seconds: a wrong flag ends here, and
     threads are told to sleep while they wait.
 
-    By default they spin, and beside one busy program every operation takes 4 to 8 times as long.
+    By default they spin, and beside busy programs every operation takes several times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     run_command(lambda: flags(description))

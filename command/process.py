@@ -58,7 +58,7 @@ def pick_device(name: str | None) -> torch.device:
         there.insert(0, "cuda")
     name = name or there[0]
     kind, _, number = name.partition(":")
-    if kind not in there or (number and int(number) >= torch.cuda.device_count()):
+    if kind not in there or (number and number not in map(str, range(torch.cuda.device_count()))):
         raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes take one each
