@@ -291,9 +291,7 @@ class Experiment:
         self.seeds = range(1 if self.args.quick else self.args.seeds)
         self.at_most = 10 if self.args.quick else None  # rows of a split
         self.file = self.out / f"{self.name}.json"
-        self.runs: list[dict[str, Any]] = []
-        if self.file.exists():
-            self.runs = read_json(self.file)["runs"]
+        self.runs = self.stored_runs()
         start_process()
         self.begin = time.perf_counter()
         self.device = pick_device(self.args.device)
@@ -363,9 +361,13 @@ class Experiment:
                 return run
         words = ", ".join(f"{key} {value}" for key, value in settings.items())
         say(f"{time.perf_counter() - self.begin:5.0f} s  {words}")
-        self.runs.append(settings | measure())
+        run = settings | measure()
+        self.runs = [*self.stored_runs(), run]  # another process may have stored some meanwhile
         self.store()
-        return self.runs[-1]
+        return run
+
+    def stored_runs(self) -> list[dict[str, Any]]:
+        return read_json(self.file)["runs"] if self.file.exists() else []
 
     def store(self, **results: Any) -> None:
         head = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
