@@ -1,5 +1,6 @@
 """The experiments of classroom/: each runs, writes what it measured, and is exact where it says so."""
 
+import copy
 import importlib
 import json
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 import common
 import compare
 import exp1_demand
+import exp2_keys_and_values
 import exp5_distillation
 import exp6_outside
+import exp7_start
 import pytest
 import torch
 from conftest import C, D, H, L, random_ids, random_model
@@ -22,12 +25,13 @@ from data import Row
 from llama import frequencies, rotate
 from model import causal_mask
 from prefix import Prefix
+from soft_prompt import SoftPrompt
 
 pytestmark = pytest.mark.slow
 
 CLASSROOM = Path(common.__file__).parent
 NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
-QUICK = ("exp2_capacity", "exp4_forgetting")  # enough to see that the shared parts work
+QUICK = ("exp4_forgetting", "exp7_start")  # enough to see that the shared parts work
 
 
 def experiment(name, base, out) -> dict:
@@ -161,6 +165,55 @@ def test_each_head_of_queries_has_a_matrix_of_its_own():
     phi = torch.where(q > 0, q + 1, q.exp())  # (B, H, T, D)
     added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[1]).flatten(2)
     torch.testing.assert_close(read[1] - read[0], added)
+
+
+@pytest.mark.parametrize("part", exp2_keys_and_values.FROZEN)
+def test_what_is_not_trained_stays_as_it_starts(part):
+    """Keys, values or the first token: bit for bit, while every other number moves."""
+    model = random_model()
+    prefix = Prefix.text(model, random_ids(4, seed=1))
+    before, n = prefix.start.detach().clone(), exp2_keys_and_values.freeze(prefix, part)
+    optimizer = torch.optim.AdamW(prefix.parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(random_ids(2, 6), prefix.past_kv(model))[0].square().mean().backward()
+        optimizer.step()
+    moved = prefix.start != before
+    left = {"all": moved[:0], "values": moved[:, :, 0], "keys": moved[:, :, 1], "all but the first token": moved[0]}
+    assert not left[part].any() and moved.sum() == n == moved.numel() - left[part].numel()
+
+
+def test_a_prefix_made_of_a_text_gets_the_attention_that_the_text_gets():
+    """Its first token, as the first of the text in the context; even is 1 of the tokens that a place sees."""
+    model, text = random_model(), random_ids(exp2_keys_and_values.P, seed=1)
+    rows = [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9])]
+    joined = [Row(text.tolist() + row.source, row.target) for row in rows]
+    behind, within = (
+        exp2_keys_and_values.attention_of(common.Run(model, [Prefix.text(model, text)], {"test": some}, None))
+        for some in (rows, joined)
+    )
+    even, alone, first, virtual, others = exp2_keys_and_values.SHARES
+    assert behind[virtual] == pytest.approx(within[alone], abs=0.011)
+    assert behind[even] == pytest.approx(100 * (1 / 3 + 1 / 4 + 1 + 1 / 2 + 1 / 3) / 5, abs=0.01)
+    assert 0 < behind[first] < behind[alone] and 0 < behind[others] < 100 - behind[first] - behind[virtual]
+
+
+def test_a_start_is_what_its_name_says():
+    """A prefix and a soft prompt start as a text, a word of the task, zeros, or noise of the deviation in the name."""
+    model, rows, P = random_model(), [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9])], exp7_start.P
+    for method, (kind,) in (("prefix", [Prefix]), ("soft_prompt", [SoftPrompt])):
+        run = common.Run(model, [kind.text(model, random_ids(P, seed=1))], {"train": rows}, None)
+
+        def numbers(start):
+            (adapter,) = exp7_start.started(copy.deepcopy(run), method, start, 0).adapters
+            return next(adapter.parameters())
+
+        assert torch.equal(numbers("text"), next(run.adapters[0].parameters()))
+        words = [next(kind.text(model, torch.tensor([i])).parameters())[0] for i in range(1, 10)]
+        assert any(torch.allclose(numbers("words")[0], word) for word in words)
+        assert not numbers("zero").any()
+        assert numbers("random, 1").std().item() == pytest.approx(1, abs=0.2)
+        torch.testing.assert_close(50 * numbers("random, 0.02"), numbers("random, 1"))
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):

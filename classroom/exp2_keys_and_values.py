@@ -1,0 +1,160 @@
+"""2. Does a prefix learn in its keys or in its values? And who is the sink?
+
+    python classroom/exp2_keys_and_values.py     some 15 minutes of one core
+
+A prefix of 8 starts as a text, the end of a training example. All of it is trained, or its values
+alone, or its keys alone, or all but its first token, PEFT's default for Cartridges. It is to learn
+route-36 of experiment 1. A run ends when all validation answers are right, or after 1,000 steps of
+8 rows. Three runs differ in base, data and start. The learning rate of each cell is the one that
+is soonest on a fourth, or has the lowest loss there; that run is not reported.
+
+A sink is a token that gets attention whatever it says, often the first (Xiao et al. 2023, arXiv
+2309.17453). What share do the text's first token and the virtual ones get, from the positions that
+write the answer? SmolLM2 is asked as well, behind prefixes that start as a text or as noise.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from common import Experiment, Run, all_right, attention, best_rate, curve_of, looks_of, spread
+from exp1_demand import DEMANDS, examples_of
+
+from command.console import run_command
+from data import IGNORE, batch_of
+from prefix import Prefix
+from train import evaluate
+
+P, BATCH, STEPS, LOOK = 8, 8, 1000, 50
+SMOLLM2 = "out/smollm2"  # made by smollm2.py
+KEYS, VALUES = ((slice(None), slice(None), half) for half in (0, 1))  # of (P, L, 2, H, D)
+FROZEN = {"all": slice(0), "values": KEYS, "keys": VALUES, "all but the first token": 0}
+SHARES = (
+    "even share %", "text's first token, no prefix %", "text's first token %",
+    "first virtual token %", "other virtual tokens %",
+)  # fmt: skip
+
+
+def begun(
+    experiment: Experiment, method: str, seed: int, lr: float = 0.3, base: Any = None
+) -> Run:
+    """-> a run of route-36, before its first step."""
+    sizes = {"train": 1000, "validation": 100, "test": 300}
+    demand, base = DEMANDS["route-36"], base or experiment.base(seed)
+    examples = {split: examples_of(demand, split, n, seed) for split, n in sizes.items()}
+    return experiment.prepared(examples, method, seed, base, P, lr, STEPS, BATCH, STEPS // LOOK)
+
+
+def how_soon(run: Run, most: int) -> dict[str, Any]:
+    """Trains until all validation answers are right, or for so many steps -> what came of it."""
+    looks = looks_of(run, lambda looks: all_right(looks) or looks[-1]["step"] >= most)
+    scores = evaluate(run.model, run.adapters, run.rows["test"], 50)
+    record = {"steps": looks[-1]["step"], "solved": all_right(looks), "curve": curve_of(looks)}
+    return record | {"test": scores.exact_match()}
+
+
+def reported(
+    experiment: Experiment, measure: Callable[..., dict[str, Any]], cell: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """-> the runs of a cell, each at the rate that is soonest on a base that is not reported."""
+    soonest = STEPS
+
+    def run(seed: int, lr: float, most: int) -> dict[str, Any]:
+        settings = cell | {"seed": seed, "lr": lr, "most": most}
+        return experiment.once(settings, lambda: measure(**settings))
+
+    def lateness(lr: float) -> float:
+        nonlocal soonest  # a rate ends where another one was done
+        found = run(100, lr, soonest)
+        if found["solved"]:
+            soonest = found["steps"]
+            return soonest / STEPS
+        return 1 + min(loss for _, loss in found["curve"])
+
+    lr = best_rate(0.3, lateness)
+    return [run(seed, lr, STEPS) for seed in experiment.seeds]
+
+
+def in_words(runs: list[dict[str, Any]]) -> list[str]:
+    """-> their learning rate, steps until solved, median and range, and exact match."""
+    ordered = sorted(runs, key=lambda run: (not run["solved"], run["steps"]))
+    words = [f"{'' if run['solved'] else '> '}{run['steps']:,}" for run in ordered]
+    steps = f"{words[len(words) // 2]} [{words[0]}–{words[-1]}]"
+    return [f"{runs[0]['lr']:g}", steps, spread([run["test"] for run in runs], 1)]
+
+
+def freeze(prefix: Prefix, part: str) -> int:
+    """Lets only a part of the prefix be trained -> how many numbers that are."""
+    mask = torch.ones_like(prefix.start)
+    mask[FROZEN[part]] = 0
+    prefix.start.register_hook(lambda gradient: gradient * mask)
+    return int(mask.sum())
+
+
+@torch.no_grad()
+def attention_of(run: Run) -> dict[str, float]:
+    """-> SHARES of the attention, a mean of layers, heads, and the places that predict a target."""
+    model, batch = run.model, batch_of(run.rows["test"][:20], run.model.device)
+    scored = batch.targets != IGNORE  # (B, T)
+    alone, behind = (
+        100 * attention(model, batch.idx, past_kv).mean(dim=(0, 2))[scored].mean(dim=0)  # (S,)
+        for past_kv in (None, run.adapters[0].past_kv(model))
+    )
+    even = 100 / (scored.nonzero()[:, 1] + 1)  # without a prefix: a place and those before it
+    shares = (even.mean(), alone[0], behind[P], behind[0], behind[1:P].sum())
+    return {name: round(share.item(), 2) for name, share in zip(SHARES, shares)}
+
+
+def draw_bars(axis: Any, bars: dict[str, list[float]], title: str) -> None:
+    """A bar is a median, a dot is a run."""
+    axis.barh(list(bars), list(map(median, bars.values())))
+    for y, values in enumerate(bars.values()):
+        axis.plot(values, [y] * len(values), "ko")
+    axis.tick_params(labelsize=13)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=14)
+
+
+def main(argv: list[str] | None = None) -> None:
+    experiment = Experiment(__file__, __doc__, argv)
+
+    def measure(part: str, seed: int, lr: float, most: int) -> dict[str, Any]:
+        run = begun(experiment, "prefix", seed, lr)
+        return {"trained": freeze(run.adapters[0], part)} | how_soon(run, most) | attention_of(run)
+
+    def untrained(start: str, seed: int) -> dict[str, Any]:
+        run = begun(experiment, "prefix", seed, base=SMOLLM2)
+        if start == "noise":
+            generator = torch.Generator().manual_seed(seed)
+            run = run._replace(adapters=[Prefix.random(run.model, P, generator)])
+        return attention_of(run)
+
+    rows, steps, sink = [], {}, {}
+    for part in experiment.grid(list(FROZEN)):
+        runs = reported(experiment, measure, {"part": part})
+        steps[part] = [run["steps"] for run in runs]
+        row = ["small base", part, f"{runs[0]['trained']:,}", *in_words(runs)]
+        rows.append(row + [spread([run[share] for run in runs], 1) for share in SHARES])
+    for start in () if experiment.args.quick else ("text", "noise"):
+        runs = []
+        for seed in experiment.seeds:
+            own = {"start": start, "seed": seed}
+            runs.append(experiment.once({"base": SMOLLM2} | own, partial(untrained, **own)))
+        shares = [[run[share] for run in runs] for share in SHARES]
+        sink |= {"text's first token": shares[1], f"the same, behind {start}": shares[2]}
+        sink[f"first token of that {start}"] = shares[3]
+        cells = [spread(some, 1) for some in shares]
+        rows.append(["SmolLM2", f"nothing, {start}", *"––––", *cells])
+
+    def draw(axes: Any) -> None:
+        draw_bars(axes[0][0], steps, "steps until all is right")
+        draw_bars(axes[0][1], sink, "SmolLM2: % of the attention")
+
+    header = ["base", "trained", "numbers", "learning rate", "steps", "exact match %", *SHARES]
+    experiment.report(header, rows, draw, 2)
+
+
+if __name__ == "__main__":
+    run_command(main)
