@@ -1,13 +1,15 @@
 """7. Does the start decide?
 
-    python classroom/exp7_start.py     some 30 minutes of one core
+    python classroom/exp7_start.py                                   some 15 minutes of one core
+    python classroom/exp7_start.py --methods prefix soft_prompt      twice as long
 
-Where does a prefix of 8, or a soft prompt of 8, start: as a text, the end of a training example, as
-words of the task, drawn, as random numbers of standard deviation 0.02, or of 1, which is PEFT's
-default, or as zeros? All learn what experiment 2 has its prefixes learn, for as long, at one
-length. Each start has a learning rate of its own, chosen as there.
+Where does a prefix of 8 start: as a text, the end of a training example, as words of the task,
+drawn, as random numbers of standard deviation 0.02, or of 1, which is PEFT's default, or as zeros?
+All learn what experiment 2 has its prefixes learn, for as long, at one length. Each start has a
+learning rate of its own, chosen as there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,14 +34,18 @@ def started(run: Run, method: str, start: str, seed: int) -> Run:
     return run
 
 
+def own_flags(add: Callable) -> None:
+    add("--methods", nargs="+", default=["prefix"], choices=KINDS, help="(default: prefix)")
+
+
 def main(argv: list[str] | None = None) -> None:
-    experiment = Experiment(__file__, __doc__, argv)
+    experiment = Experiment(__file__, __doc__, argv, own_flags)
 
     def measure(method: str, start: str, seed: int, lr: float, most: int) -> dict[str, Any]:
         return how_soon(started(begun(experiment, method, seed, lr), method, start, seed), most)
 
     rows, panels = [], {}
-    for method in ("prefix", "soft_prompt"):
+    for method in experiment.args.methods:
         for start in experiment.grid(["text", "words", *DEVIATIONS]):
             runs = reported(experiment, measure, {"method": method, "start": start})
             panels.setdefault(NAMES[method], {})[start] = [run["steps"] for run in runs]
@@ -51,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_bars(axis, bars, f"{name}: steps until all is right")
 
     header = ["method", "start", "loss before training", "learning rate", "steps", "exact match %"]
-    experiment.report(header, rows, draw, 2)
+    experiment.report(header, rows, draw, len(panels))
 
 
 if __name__ == "__main__":
