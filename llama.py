@@ -77,7 +77,9 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), P, turns), rotate(self.k_norm(k), P, turns)
         k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, K, S, D)
         # H/K heads share keys and values: to `attend`, they are more queries of one head
-        y = self.attend(q.reshape(len(q), k.size(1), -1, k.size(3)), k, v, mask).view_as(q)
+        B, H, _, D = q.shape
+        K = k.size(1)
+        y = self.attend(q.reshape(B, K, -1, D), k, v, mask.repeat(H // K, 1)).view_as(q)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -101,7 +103,6 @@ class Llama(Decoder):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.queries_per_key = config.n_head // config.n_kv_head
         norm = partial(nn.RMSNorm, config.n_embd, config.rms_norm_eps)
         self.h = nn.ModuleList()
         for _ in range(config.n_layer):

@@ -94,11 +94,8 @@ class Prefix(nn.Module):
             sizes = f"(P, L, 2, H, D) = {shape}, but {model.name} needs {needed}"
             raise ValueError(f"the prefix has {sizes}: load it onto its own base")
         layers = self.kv().to(model.dtype).movedim(0, 3)[:, :, None]  # (L, 2, 1, H, P, D)
-        if past_kv is None:
-            return [(k, v) for k, v in layers]
-        B = past_kv[0][0].size(0)
-        rows = layers.expand(-1, -1, B, -1, -1, -1)  # one copy for each row of the past
-        return [append_past(past, k, v) for past, (k, v) in zip(past_kv, rows)]
+        pasts = past_kv or [None] * len(layers)
+        return [append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]
 
 
 def trainable(start: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ def bfloat16_slowness() -> float:
 
 class Progress:
     """One line with step, losses, tokens/s and time left. On a terminal it is refreshed in place;
-    elsewhere there are so many new lines a run."""
+    elsewhere it comes five times a run, or never if `quiet`."""
 
-    def __init__(self, first: int, steps: int, n_lines: int = 5):
+    def __init__(self, first: int, steps: int, quiet: bool = False):
         """Steps done before, and in all."""
-        self.first, self.steps, self.tokens, self.validation = first, steps, 0, None
-        self.every = math.ceil(steps / n_lines) if n_lines else math.inf
+        self.first, self.steps, self.quiet = first, steps, quiet
+        self.tokens, self.validation = 0, None
         self.begin = self.shown = time.perf_counter()
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
@@ -113,16 +113,19 @@ class Progress:
         step, now = int(entry["step"]), time.perf_counter()
         self.tokens += n_tokens
         self.validation = entry.get("validation", self.validation)
-        due = step % self.every == 0 or (step == self.steps and self.every <= self.steps)
-        if self.terminal and step < self.steps:
-            due = now - self.shown > 0.2
-        if due:
-            self.shown, seconds = now, now - self.begin
-            left = seconds / (step - self.first) * (self.steps - step)
-            losses = f"  loss {entry['loss']:.3f}"
-            if self.validation is not None:
-                losses += f"  validation {self.validation:.3f}"
-            speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
-            start = "\r" if self.terminal else ""
-            end = "" if self.terminal and step < self.steps else "\n"
-            say(f"step {step:4}/{self.steps}{losses}  {speed}", start, end)
+        last = step == self.steps
+        if self.terminal:
+            due = last or now - self.shown > 0.2
+        else:
+            due = not self.quiet and (last or step % math.ceil(self.steps / 5) == 0)
+        if not due:
+            return
+        self.shown, seconds = now, now - self.begin
+        left = seconds / (step - self.first) * (self.steps - step)
+        losses = f"  loss {entry['loss']:.3f}"
+        if self.validation is not None:
+            losses += f"  validation {self.validation:.3f}"
+        speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
+        start = "\r" if self.terminal else ""
+        end = "" if self.terminal and not last else "\n"
+        say(f"step {step:4}/{self.steps}{losses}  {speed}", start, end)

@@ -21,7 +21,8 @@ from torch.testing import assert_close
 
 import command.process
 import train
-from command.models import load_examples, new_adapters
+from command.examples import load_examples
+from command.models import new_adapters
 from data import Row, batch_of, encode, shuffled_batches
 from prefix import Prefix
 from small_base.world import task_examples
