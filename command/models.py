@@ -29,7 +29,9 @@ from storage.files import TRAINING, check_place, read_json, replace_file, write_
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
 
-ADAPTERS_OF = {"prefix": [Prefix], "soft_prompt": [SoftPrompt], "both": [Prefix, SoftPrompt], "full": []}
+ADAPTERS_OF = {  # by method, the foremost first
+    "prefix": [Prefix], "soft_prompt": [SoftPrompt], "both": [Prefix, SoftPrompt], "full": [],
+}  # fmt: skip
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, the foremost first
 
 

@@ -51,17 +51,15 @@ def sum_over_processes(loss: Tensor, trainee: nn.Module) -> None:
 
 def pick_device(name: str | None) -> torch.device:
     """-> the device asked for, or the best there is. Raises ValueError if it is not there."""
-    there = ["cpu"]
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    name = name or there[0]
-    kind, _, number = name.partition(":")
-    if kind not in there or (number and number not in map(str, range(torch.cuda.device_count()))):
-        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}")
+        there.append("mps")
+    there.append("cpu")
+    name = name or there[0].partition(":")[0]
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes take one each
+    if name not in there:
+        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}")
     return torch.device(name)
 
 
@@ -71,30 +69,25 @@ def pick_dtype(name: str | None, model: Decoder, device: torch.device, full: boo
         raise ValueError("--method full needs --dtype float32: bfloat16 rounds small updates away")
     if full or name == "float32":
         return torch.float32
-    slower = bfloat16_slowness() if device.type == "cpu" else 0.0
-    if name == "bfloat16" and slower > 1:
-        warning = f"this processor emulates it, and takes {slower:.0f} times as long as in float32"
-        say(f"--dtype bfloat16: {warning}")
     if name == "bfloat16":
         return torch.bfloat16
     if device.type != "cpu":
         return model.dtype
-    small = sum(p.numel() for p in model.parameters()) < 10**7  # nothing to gain
-    return torch.float32 if small or slower > 1 else torch.bfloat16
+    n_parameters = sum(p.numel() for p in model.parameters())
+    if n_parameters < 10**7:  # nothing to gain
+        return torch.float32
+    return min((torch.float32, torch.bfloat16), key=seconds_of_a_product)
 
 
-def bfloat16_slowness() -> float:
-    """-> how many times as long a product takes in bfloat16 as in float32, on this processor."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+def seconds_of_a_product(dtype: torch.dtype) -> float:
+    """-> how long a product takes on this processor: some only emulate bfloat16."""
+    x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 class Progress:

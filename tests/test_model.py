@@ -107,7 +107,7 @@ def test_a_llama_turns_queries_and_keys_and_shares_keys_among_heads():
     """A pair of a head is a complex number, turned by its position. Two heads share their keys."""
     attention, P, T = random_model(family="llama").h[0].attn, 2, 3
     x, (past_k, past_v) = noise(1, T, C), noise(2, 1, H, P, D, seed=1)
-    y, (keys, values) = attention(x, float64_mask(T, P + T).repeat(2, 1), (past_k, past_v))
+    y, (keys, values) = attention(x, float64_mask(T, P + T), (past_k, past_v))
     angles = torch.arange(P, P + T)[:, None] * 100.0 ** (-torch.arange(0, D, 2) / D)
 
     def turned(head: Tensor) -> Tensor:
