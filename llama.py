@@ -4,7 +4,7 @@ Four things differ from GPT-2. Positions turn queries and keys, so keys enter th
 Several heads of queries share keys and values. RMSNorm is the norm, and SwiGLU the MLP. A prefix
 learns keys as they are in the cache, so `kv_shape` is all that it needs to know.
 
-Symbols: those of model.py, and K for n_kv_head, the heads of keys and values.
+Symbols: those of model.py, and K for n_kv_head, the heads of keys and values. H·D need not be C.
 """
 
 import math

@@ -108,8 +108,7 @@ def tune(
 ) -> Metrics:  # fmt: skip
     """Trains the adapters, or the model itself if there are none -> what was measured, by step.
 
-    A checkpoint is restored and kept, if there is one. `is_done` is asked after each look at the
-    validation data, and ends the training.
+    It goes on from the checkpoint. `is_done` may end it, after each look at the validation data.
     """
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
@@ -162,9 +161,12 @@ def evaluate_frozen(model: Decoder, rows: list[Row], batch_size: int) -> Scores:
 
 
 def find_rate(
-    begin: Callable[[], list[nn.Module]], model: Decoder, rows: Rows, plan: Plan, middle: float
+    begin: Callable[[], list[nn.Module]], model: Decoder, rows: Rows, plan: Plan
 ) -> dict[float, float]:
-    """-> the validation losses of short trainings, by learning rate. Each one begins anew."""
+    """-> the validation losses of short trainings, by learning rate, the plan's in their middle.
+
+    `begin` makes new adapters for each of them.
+    """
     short = plan._replace(steps=math.ceil(plan.steps / 5), eval_every=plan.steps)
     say(f"rate     three or more trainings of {short.steps} steps find the learning rate")
 
@@ -178,7 +180,7 @@ def find_rate(
         say(f"rate     {rate:g}: validation loss {loss:.3f}")
         return loss
 
-    return search_rate(middle, loss_at)
+    return search_rate(plan.lr, loss_at)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -205,16 +207,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     record |= sizes_of(model, adapters) | base
     check_folders(args.method, args.out, record)  # now with the base's fingerprint
 
-    say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0][:2]))
+    first = examples["train"][0]
+    say(f"task     {args.task}: {first.input!r} -> {first.target!r}")
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
     frozen = evaluate_frozen(model, rows["test"], args.batch_size)
-    plan = Plan(
-        args.steps, args.lr, args.batch_size, args.seed, args.eval_every, args.micro_batch
-    )
+    lr = args.lr or RECIPES[args.method].middle
+    plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
     rates = None
-    if args.lr is None:  # a resumed run has its table in the checkpoint
-        middle = RECIPES[args.method].middle
-        rates = checkpoint.stored.get("rates") or find_rate(begin, model, rows, plan, middle)
+    if args.lr is None:  # searched, unless the checkpoint of a resumed run has the table
+        rates = checkpoint.stored.get("rates") or find_rate(begin, model, rows, plan)
         checkpoint.add_settings({"rates": rates})
         plan = plan._replace(lr=float(min(rates, key=rates.get)))
 

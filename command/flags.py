@@ -158,7 +158,7 @@ def pretrain_flags(description: str, argv: list[str] | None = None) -> argparse.
     texts = "UTF-8 texts to train on (default: the restaurant world)"
     add("--corpus", metavar="FILE", type=Path, nargs="+", default=[], help=texts)
     sizes = {"nargs": 4, "metavar": ("L", "H", "C", "BLOCK"), "default": [4, 4, 128, 128]}
-    add("--sizes", type=count, **sizes, help="layers, heads, width, context (default: 4 4 128 128)")
+    add("--sizes", type=count, **sizes, help="layers, heads, width, context (4 4 128 128)")
     add("--steps", type=count, default=PRETRAIN_STEPS, help="optimizer steps (default: %(default)s)")
     add("--lr", type=rate, default=PRETRAIN_LR, help="peak learning rate (default: %(default)s)")
     add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")

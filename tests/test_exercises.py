@@ -111,7 +111,7 @@ SHIFTED = """
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)
     scored = batch.targets[:, 1:] != IGNORE
     return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""
-PER_ROW = "append_past(past, k, v) for past, (k, v) in zip(past_kv, rows)"
+PER_LAYER = "[append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]"
 
 # What students are likely to hand in. A sentence that they are shown, then the right solution with a
 # part of it replaced, or a body of its own.
@@ -176,14 +176,15 @@ MISTAKES = {
     ],
     6: [
         ("with self.kv() they come through the MLP", "self.kv()", "self.start"),
-        ("k and v swapped?", "(k, v) for k, v in layers", "(v, k) for k, v in layers"),
+        ("k and v swapped?", "append_past(past, k, v)", "append_past(past, v, k)"),
         ("Axes are mixed up", None, """
             P, L, _, H, D = self.start.shape
             return [(k, v) for k, v in self.kv().reshape(L, 2, 1, H, P, D)]"""),
-        ("the prefix behind it", "append_past(past, k, v)", "append_past((k, v), *past)"),
+        ("the prefix behind it", "append_past(past, k, v)",
+         "append_past((k, v), *past) if past else (k, v)"),
         ("are (1, H, P, D)", "[:, :, None]", ""),
-        ("not the two lists", f"[{PER_ROW}]", "past_kv + [(k, v) for k, v in layers]"),
-        ("The past in front is lost", "if past_kv is None:", "if True:"),
+        ("not the two lists", PER_LAYER, "(past_kv or []) + [(k, v) for k, v in layers]"),
+        ("The past in front is lost", "append_past(past, k, v)", "(k, v)"),
         ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
         ("has the dtype of the model", ".to(model.dtype)", ""),
     ],
@@ -233,8 +234,8 @@ MISTAKES = {
     ],
     12: [
         ("a mean of means", None, ROW_BY_ROW),
-        ("in the order they came in", "exact[chunk[row_of[~right].cpu()]] = False",
-         "exact[lengths.argsort(stable=True).argsort()[chunk[row_of[~right].cpu()]]] = False"),
+        ("in the order they came in", "exact[wrong_rows] = False",
+         "exact[lengths.argsort(stable=True).argsort()[wrong_rows]] = False"),
         ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
         ("not one a position", None,
          ROW_BY_ROW.replace("append(bool(right.all()))", "extend(right.tolist())")),
