@@ -77,9 +77,10 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), P, turns), rotate(self.k_norm(k), P, turns)
         k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, K, S, D)
         # H/K heads share keys and values: to `attend`, they are more queries of one head
-        B, H, _, D = q.shape
+        _, H, T, D = q.shape
         K = k.size(1)
-        y = self.attend(q.reshape(B, K, -1, D), k, v, mask.repeat(H // K, 1)).view_as(q)
+        y = self.attend(q.reshape(len(q), K, -1, D), k, v, mask.repeat(H // K, 1))
+        y = y.reshape(-1, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     def split_heads(self, x: Tensor) -> Tensor:

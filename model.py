@@ -43,10 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def append_past(past: KV | None, k: Tensor, v: Tensor) -> KV:
-    """Past (B, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions.
-
-    Either may have batch 1, which then serves all rows of the other.
-    """
+    """Past (B or 1, H, P, D) and new (B or 1, H, T, D) keys and values -> (B, H, S, D) of both."""
     if past is None:
         return k, v
     B = max(len(past[0]), len(k))

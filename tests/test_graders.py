@@ -303,7 +303,7 @@ def test_mistakes_behind_another_past(model):
     front, prefix = random_prefix(2, seed=2), random_prefix()
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in front.past_kv(model)]
-        cache = attempt("A past of B rows: expand the prefix to B rows, then put it behind.", prefix.past_kv, model, past)
+        cache = attempt("A past of B rows: append_past puts it in front, and serves each of its rows.", prefix.past_kv, model, past)
         assert len(cache) == L, "Still a pair for each layer: join its tensors along the positions, not the two lists."
         for (k, v), old, own in zip(cache, past, prefix.past_kv(model)):
             not_like(k[:1], {"The past in front is lost.": own[0]})
@@ -395,7 +395,7 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
     prompt, text = random_prompt(), random_ids(2, seed=3)
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in model(text[None])[1]]
-        hint = "A past of B rows, B = past_kv[0][0].size(0): expand the vectors to B rows."
+        hint = "Behind a past of B rows, the cache has B rows, too."
         cache = attempt(hint, prompt.past_kv, model, past)
         shaped(cache[0][0][:, :, -3:], (B, H, 3, D), hint)
         not_like(cache[0][0], {"The past in front is lost: hand it to the model.": prompt.past_kv(model)[0][0]})
