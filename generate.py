@@ -21,7 +21,7 @@ import tiktoken
 import torch
 from torch import nn
 
-from command.answers import answers, report, show_examples, write_predictions
+from command.answers import answers, check_frozen, report, show_examples, write_predictions
 from command.console import prompts, run_command, say
 from command.examples import check_lengths, read_jsonl
 from command.flags import DEFAULT_BASE, generate_flags
@@ -33,7 +33,7 @@ from prefix import Prefix
 from small_base.world import task_examples
 from storage.adapters import save_adapter
 from storage.files import TRAINING, check_place, check_predictions, write_json
-from train import evaluate, evaluate_frozen
+from train import evaluate
 
 
 def complete(
@@ -63,7 +63,8 @@ def assess(
     rows = encode(tokenizer, examples, template)
     n_virtual = past_length(stacked_past_kv(adapters, model))
     check_lengths(examples, rows, model.config.block_size, n_virtual)
-    tested = {"frozen": evaluate_frozen(model, rows, args.batch_size)}
+    tested = {"frozen": evaluate(model, [], rows, args.batch_size)}
+    check_frozen(tested["frozen"], model)
     if adapters:
         tested["tuned"] = evaluate(model, adapters, rows, args.batch_size)
     numbers = report(tested)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command.answers import report, show_examples
+from command.answers import check_frozen, report, show_examples
 from command.console import run_command, say
 from command.examples import load_examples
 from command.flags import RECIPES, train_flags
@@ -151,22 +151,10 @@ def tune(
     return metrics
 
 
-def evaluate_frozen(model: Decoder, rows: list[Row], batch_size: int) -> Scores:
-    """-> how well the base does by itself. Raises ValueError if its numbers overflow."""
-    scores = evaluate(model, [], rows, batch_size)
-    if not math.isfinite(scores.loss):
-        overflow = f"{model.name} overflows in {model.dtype}: its loss is {scores.loss}"
-        raise ValueError(f"{overflow} before any step; give --dtype float32")
-    return scores
-
-
 def find_rate(
     begin: Callable[[], list[nn.Module]], model: Decoder, rows: Rows, plan: Plan
 ) -> dict[float, float]:
-    """-> the validation losses of short trainings, by learning rate, the plan's in their middle.
-
-    `begin` makes new adapters for each of them.
-    """
+    """-> the validation losses of short trainings, by learning rate. Each one begins anew."""
     short = plan._replace(steps=math.ceil(plan.steps / 5), eval_every=plan.steps)
     say(f"rate     three or more trainings of {short.steps} steps find the learning rate")
 
@@ -210,7 +198,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     first = examples["train"][0]
     say(f"task     {args.task}: {first.input!r} -> {first.target!r}")
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
-    frozen = evaluate_frozen(model, rows["test"], args.batch_size)
+    frozen = evaluate(model, [], rows["test"], args.batch_size)
+    check_frozen(frozen, model)
     lr = args.lr or RECIPES[args.method].middle
     plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
     rates = None

@@ -1,6 +1,7 @@
 """Answers of a model as text: completed, shown, and written to a file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def write_predictions(file: Path, examples: list[Example], predictions: list[str
         row = {"input": source, "target": target, "prediction": prediction.removesuffix(CUT)}
         lines += json.dumps(row | {"cut": prediction.endswith(CUT)}) + "\n"
     replace_file(file, lines.encode())
+
+
+def check_frozen(scores: Scores, model: Decoder) -> None:
+    """Raises ValueError if the numbers of a base overflow."""
+    if not math.isfinite(scores.loss):
+        overflow = f"{model.name} overflows in {model.dtype}: its loss is {scores.loss}"
+        raise ValueError(f"{overflow} before any step; give --dtype float32")
 
 
 def report(tested: dict[str, Scores]) -> dict[str, float]:
