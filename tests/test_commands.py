@@ -20,6 +20,7 @@ import train
 from command.answers import CUT, answers
 from command.console import before_torch, run_command
 from command.flags import generate_flags, train_flags
+from command.process import pick_device
 from data import Example, encode, source_ids
 from model import stacked_past_kv
 from prefix import Prefix
@@ -387,6 +388,19 @@ def test_chat_gives_the_same_ids_in_training_and_use(base, tmp_path, monkeypatch
 
 
 # ----------------------------------------------------------------------------------- begin and end
+
+
+def test_the_device_is_the_best_there_is_or_the_one_asked_for(monkeypatch):
+    """torchrun's processes take a GPU each. One that is not there gets a sentence."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    devices = {None: "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
+    assert {name: str(pick_device(name)) for name in devices} == devices
+    with pytest.raises(ValueError, match="^--device cuda:2 is not .* has cuda:0, cuda:1, cpu$"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert str(pick_device(None)) == "cpu"
 
 
 def test_before_torch_threads_are_told_to_sleep_while_they_wait(monkeypatch):
