@@ -45,7 +45,7 @@ def show_examples(
     examples: list[Example], rows: list[Row], exact: list[bool],
 ) -> None:  # fmt: skip
     """Prints three examples, wrong ones first, with the answer and that of the frozen model."""
-    chosen = sorted(range(len(rows)), key=exact.__getitem__)[:3]
+    chosen = sorted(range(len(rows)), key=lambda i: exact[i])[:3]  # False comes before True
     sources = [rows[i].source for i in chosen]
     limit = max(len(rows[i].target) for i in chosen) + 10
     got = answers(model, adapters, tokenizer, sources, limit)
@@ -63,8 +63,8 @@ def show_examples(
 def write_predictions(file: Path, examples: list[Example], predictions: list[str]) -> None:
     """Writes input, target, prediction, and whether that was cut, of each example as JSONL."""
     lines = ""
-    for (source, target, _), prediction in zip(examples, predictions):
-        row = {"input": source, "target": target, "prediction": prediction.removesuffix(CUT)}
+    for (given, target, _), prediction in zip(examples, predictions):
+        row = {"input": given, "target": target, "prediction": prediction.removesuffix(CUT)}
         lines += json.dumps(row | {"cut": prediction.endswith(CUT)}) + "\n"
     replace_file(file, lines.encode())
 
