@@ -80,8 +80,7 @@ class Attention(nn.Module):
         _, H, T, D = q.shape
         K = k.size(1)
         y = self.attend(q.reshape(len(q), K, -1, D), k, v, mask.repeat(H // K, 1))
-        y = y.reshape(-1, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+        return self.o_proj(y.reshape(-1, H, T, D).transpose(1, 2).flatten(2)), (k, v)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads · D) -> (B, heads, T, D)."""
