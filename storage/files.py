@@ -18,7 +18,7 @@ OURS = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokeniz
 OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "metrics.jsonl", TRAINING]
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Writes a file in one go: whoever dies on the way leaves the old one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{secrets.token_hex(4)}.new")

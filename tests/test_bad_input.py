@@ -405,38 +405,12 @@ def test_bad_checkpoints(places):
         assert trainee[0].vectors.shape == (2, C)
         step(trainee, optimizer)
 
-    def changed_metadata(rng: random.Random, content: bytes) -> bytes:
-        metadata = metadata_of(content)
-        key = rng.choice(sorted(metadata))
-        values = [
-            "null",
-            "[]",
-            "{}",
-            "0.5",
-            '"2"',
-            "[[]]",
-            "[[0]]",
-            "[[0, 1, 2]]",
-            '[["a", 1]]',
-            "[" * 10**4,
-            "",
-            "\x1b🙂",
-            None,
-        ]
-        value = rng.choice(values) if rng.random() < 0.5 else json.dumps(anything(rng))
-        value = str(rng.choice(NUMBERS)) if rng.random() < 0.2 else value
-        return save(
-            load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None}
-        )
-
     trainee, optimizer = fresh()
     step(trainee, optimizer)
     (places / "run").mkdir()
     metrics = [{"step": 0, "lr": 0.1, "validation": 1.0}, {"step": 1, "loss": 1.0}]
     Checkpoint(places / "run", settings, False, False).save(trainee, optimizer, metrics)
-    check_file(places, "run", "checkpoint.safetensors", damaged, use, 50)
-    check_file(places, "run", "checkpoint.safetensors", changed_tensor, use, 100)
-    check_file(places, "run", "checkpoint.safetensors", changed_metadata, use, 100)
+    check_file(places, "run", "checkpoint.pt", damaged, use, 100)
 
 
 def test_bad_tokenizers(places):
