@@ -6,6 +6,7 @@ No directory is ever emptied or removed, and no file replaced that another train
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Settings of an earlier run and of this one -> the first that differs, in words."""
     for key, value in now.items():
-        if before.get(key) != value and key == "examples":  # a hash would tell nobody anything
-            return "it was trained on other examples"
         if before.get(key) != value:
-            return f"{key} {before.get(key)}, not {value}"
+            in_words = f"{key} {before.get(key)}, not {value}"
+            return "it was trained on other examples" if key == "examples" else in_words
     return None
 
 
@@ -97,11 +97,9 @@ def check_place(directory: Path, settings: dict[str, Any]) -> None:
 
 def check_writable(directory: Path) -> None:
     """Makes a directory and a file in it: better to fail before hours of training than after."""
-    probe = directory / f".{secrets.token_hex(4)}.new"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         reason = f"{directory} cannot be written to ({error.strerror})"
         raise ValueError(f"{reason}: name another place") from None
@@ -109,9 +107,8 @@ def check_writable(directory: Path) -> None:
 
 def check_predictions(file: Path) -> None:
     """Raises ValueError if something else than predictions is there, or no file can be made."""
-    if file.exists():
-        with open(file if file.is_file() else os.devnull, errors="replace") as opened:
-            if '"prediction": ' not in opened.readline(10**6):
-                sentence = f"{file} holds no predictions, and is not overwritten"
-                raise ValueError(f"{sentence}: name another file for them")
+    content = file.read_bytes() if file.is_file() else b""
+    if file.exists() and b'"prediction": ' not in content:
+        sentence = f"{file} holds no predictions, and is not overwritten"
+        raise ValueError(f"{sentence}: name another file for them")
     check_writable(file.parent)
