@@ -26,7 +26,7 @@ LLAMA = {
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "attention_bias": [False],
     "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd", "intermediate_size": "n_inner",
     "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps", "hidden_act": ["silu"],
-    "use_sliding_window": [False],
+    "use_sliding_window": [False], "partial_rotary_factor": [1.0],
 }  # fmt: skip
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -120,7 +120,7 @@ def read_config(path: Path) -> GPTConfig | LlamaConfig:
 def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | None = None) -> None:
     """Writes model.safetensors, and last its config.json: by default that of a GPT-2."""
     tensors = {their_name(name, model): stored(name, t) for name, t in model.state_dict().items()}
-    write_tensors(Path(directory) / "model.safetensors", tensors, {"format": "pt"})
+    write_tensors(Path(directory) / "model.safetensors", tensors)
     if config is None:
         end = model.config.vocab_size - 1  # GPT-2 has one token for both ends of a text, its last
         config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}

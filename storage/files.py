@@ -37,11 +37,9 @@ def write_json(path: Path, record: Any, **style: Any) -> None:
     replace_file(path, (json.dumps(record, indent=2, **style) + "\n").encode())
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, save(tensors, metadata))
+    replace_file(path, save(tensors, {"format": "pt"}))  # transformers asks for the format
 
 
 def saved_file(path: Path) -> Path:

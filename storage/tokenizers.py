@@ -114,9 +114,9 @@ def load_tokenizer(name_or_dir: str | Path) -> Encoding:
     try:
         return read_tokenizer(found, end, config["vocab_size"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        known = "those of GPT-2, SmolLM2, Llama 3 and Qwen, whose files fit together"
         reason = f"its tokenizer cannot be used ({error!r:.300})"
-        raise ValueError(f"{directory}: {reason}: only {known}, can be") from None
+        remedy = "give files that fit together, like those of GPT-2, SmolLM2, Llama 3 or Qwen"
+        raise ValueError(f"{directory}: {reason}: {remedy}") from None
 
 
 def read_two_files(directory: Path) -> dict[str, Any]:
