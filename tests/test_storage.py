@@ -476,13 +476,6 @@ def test_the_files_are_gpt2s(tmp_path):
     assert tokenizer.encode_ordinary("a  a, don't")[:3] == [vocab.index("a"), vocab.index("Ġ"), 256]
 
 
-def test_a_tokenizer_read_again_is_read_anew(tmp_path):
-    """No cache serves an older vocabulary of the same path."""
-    for merges in ([(b"a", b"b")], []):
-        tokenizer_files(tmp_path, merges)
-        assert load_tokenizer(tmp_path).n_vocab == 257 + len(merges)
-
-
 OTHER_FILES = {  # vocab.json, what is added to merges.txt, the size of the model: the sentence
     "vocab.json is not JSON": ("", "", 300),
     "its merges do not make its tokens": ("{}", "", 300),
@@ -543,23 +536,21 @@ def test_added_tokens_in_a_text_are_single_ids(tmp_path):
     assert tokenizer.encode_ordinary("<b>") == [27, 65, 29]
 
 
-@pytest.mark.parametrize(
-    "config, other, end",
-    [
-        ({"eos_token_id": 257}, {}, 257),
-        ({"eos_token_id": [258, 257]}, {}, 258),
-        ({"eos_token_id": None}, {"tokenizer_config.json": {"eos_token": "<b>"}}, 258),
-        ({}, {"tokenizer_config.json": {"eos_token": "<b>"}}, 258),
-        ({}, {"tokenizer_config.json": {"eos_token": {"content": "<b>", "lstrip": False}}}, 258),
-        ({}, {}, 256),
-    ],
-)
-def test_the_end_of_text_is_what_the_files_say_first(tmp_path, config, other, end):
+ENDS = [  # what config.json and tokenizer_config.json say: the id
+    ({"eos_token_id": 257}, {"eos_token": "<b>"}, 257),
+    ({"eos_token_id": [258, 257]}, {}, 258),
+    ({"eos_token_id": None}, {"eos_token": "<b>"}, 258),
+    ({}, {"eos_token": {"content": "<b>", "lstrip": False}}, 258),
+    ({}, {}, 256),
+]
+
+
+def test_the_end_of_text_is_what_the_files_say_first(tmp_path):
     """config.json, then tokenizer_config.json; else it is <|endoftext|>."""
-    tokenizer_json(tmp_path, "<|endoftext|>", "<a>", "<b>", **config)
-    for name, content in other.items():
-        write_json(tmp_path / name, content)
-    assert load_tokenizer(tmp_path).eot_token == end
+    for config, other, end in ENDS:
+        tokenizer_json(tmp_path, "<|endoftext|>", "<a>", "<b>", **config)
+        write_json(tmp_path / "tokenizer_config.json", other)
+        assert load_tokenizer(tmp_path).eot_token == end
 
 
 def test_without_an_end_of_text_there_is_one_sentence(tmp_path):
@@ -594,34 +585,33 @@ SAID = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs 1 < 2?<|im
 SAID += "<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("where", ["config", "list", "file"])
-def test_a_chat_template_makes_a_text_of_messages(tmp_path, where):
+def test_a_chat_template_makes_a_text_of_messages(tmp_path):
     """From chat_template.jinja, else tokenizer_config.json, where there may be several by name."""
-    template = [{"name": "rag", "template": "no"}, {"name": "default", "template": CHATML}]
-    template = {"config": CHATML, "list": template, "file": "no"}[where]
-    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": template}
-    write_json(tmp_path / "tokenizer_config.json", config)
-    if where == "file":
-        (tmp_path / "chat_template.jinja").write_text(CHATML)
-    assert load_chat_template(tmp_path)(MESSAGES) == SAID
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": CHATML}]
+    for template in (CHATML, several, "no"):
+        config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": template}
+        write_json(tmp_path / "tokenizer_config.json", config)
+        if template == "no":
+            (tmp_path / "chat_template.jinja").write_text(CHATML)
+        assert load_chat_template(tmp_path)(MESSAGES) == SAID
 
 
-@pytest.mark.parametrize(
-    "template, message",
-    [
-        (None, "has no chat template: give an instruct model"),
-        ("{{ raise_exception('roles must alternate') }}", "fails .*roles must alternate"),
-        ("{% for", "the chat template of .* fails .*TemplateSyntaxError"),
-        ("{{ messages[0].content.split(1) }}", "the chat template of .* fails"),
-        ("{{ messages.append(1) }}", "fails .*SecurityError"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .*SecurityError"),
-    ],
-)
-def test_a_template_that_fails_gets_a_sentence(tmp_path, template, message):
+FAILING = {  # each template: the sentence
+    None: "has no chat template: give an instruct model, or no --chat",
+    "{{ raise_exception('roles must alternate') }}": "fails .*roles must alternate",
+    "{% for": "the chat template of .* fails .*TemplateSyntaxError",
+    "{{ messages[0].content.split(1) }}": "the chat template of .* fails",
+    "{{ messages.append(1) }}": "fails .*SecurityError",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "fails .*SecurityError",
+}
+
+
+def test_a_template_that_fails_gets_a_sentence(tmp_path):
     """It is a program of others, so it runs in a sandbox, where it reaches and changes nothing."""
-    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
-    with pytest.raises(ValueError, match=message):
-        load_chat_template(tmp_path)(MESSAGES)
+    for template, sentence in FAILING.items():
+        write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
+        with pytest.raises(ValueError, match=sentence):
+            load_chat_template(tmp_path)(MESSAGES)
 
 
 # -------------------------------------------------------------------------------------- adapters
