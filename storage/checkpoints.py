@@ -75,8 +75,9 @@ class Checkpoint:
 
     def read(self) -> None:
         """Takes what is in the file. Raises ValueError if it is broken, or somebody else's."""
+        content = io.BytesIO(self.file.read_bytes())
         try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            state = torch.load(content, map_location="cpu", weights_only=True)
             self.metrics, self.stored = state["metrics"], state["settings"]
             self.numbers, self.best = (state["trainee"], state["optimizer"]), state["best"]
         except Exception as error:  # there are many ways to be broken
