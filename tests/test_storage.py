@@ -587,7 +587,7 @@ SAID += "<|im_start|>assistant\n"
 
 def test_a_chat_template_makes_a_text_of_messages(tmp_path):
     """From chat_template.jinja, else tokenizer_config.json, where there may be several by name."""
-    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": CHATML}]
+    several = [{"name": "default", "template": CHATML}, {"name": "rag", "template": "no"}]
     for template in (CHATML, several, "no"):
         config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": template}
         write_json(tmp_path / "tokenizer_config.json", config)
