@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 from blank import EXERCISES  # noqa: E402
 
+import command.answers  # noqa: E402
 import command.models  # noqa: E402
 import train  # noqa: E402
+from command.answers import answers  # noqa: E402
 from command.process import start_process  # noqa: E402
 from data import Example  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
@@ -76,10 +78,16 @@ def process() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_curve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run. Only tests of the curve draw it."""
+def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run's end takes longer than its training: no curve, and answers of a few tokens."""
     if "curve" not in request.node.name:
         monkeypatch.setattr(command.models, "draw_curve", lambda *_: None)
+
+    def few_tokens(*given) -> list[str]:
+        *given, limit = given
+        return answers(*given, min(limit, 5))
+
+    monkeypatch.setattr(command.answers, "answers", few_tokens)
 
 
 @pytest.fixture(params=["gpt2", "llama"])
