@@ -108,9 +108,9 @@ def write_jsonl(path: Path, examples: list[Example]) -> None:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> str:
-    """A small base of forty short steps: it knows words. Beside it lie forty examples of a task."""
+    """A small base of thirty steps: it knows words. Beside it lie forty examples of a task."""
     directory = tmp_path_factory.mktemp("base")
-    pretrain(directory / "mini", steps=40, batch_size=4)
+    pretrain(directory / "mini", steps=30, batch_size=4)
     write_jsonl(directory / "forty.jsonl", task_examples("sentence", "train", 40, 0))
     return str(directory / "mini")
 

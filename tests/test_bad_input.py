@@ -426,14 +426,14 @@ def test_bad_flags(places, capsys, program):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_bad_runs(places, tmp_path, monkeypatch, capsys, program):
-    """30 short runs with files, numbers and texts in the wrong places."""
+    """60 short runs with files, numbers and texts in the wrong places."""
     rng, names, outcomes = random.Random(0), flags(program, capsys), set()
     monkeypatch.chdir(tmp_path)
     inside = ("base", "data.jsonl", "prefix", "soft_prompt", "missing", ".", "base/vocab.json")
     files = [str(places / name) for name in inside]
     words = ["1", "2", "39", "40", "-1", "0.1", "text", "zero", "none", "chat", "cpu", "cpu:x"]
     words += ["", "9" * 30, "1e308", "1e38", *RECIPES, *files]
-    for i in range(30):
+    for i in range(60):
         argv = ["--base", files[0], "--batch-size", "2"]
         if program is train:
             argv += ["--data", files[1], "--steps", "1", "--lr", "0.1", "--out", f"out/{i}"]
