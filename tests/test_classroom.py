@@ -224,7 +224,7 @@ def test_a_loss_that_is_no_number_counts_as_infinite(gpt2):
 
 
 def test_the_costs_of_a_prefix_are_counted_exactly(flags):
-    """8 have keys and values of 128 numbers in 4 layers. AdamW keeps two averages of each."""
+    """8 tokens have 4 layers of keys and values of 128. AdamW keeps two averages of each number."""
     compare.main(["--seeds", "1", "--steps", "1", "--lr", "0.01", "--batch-size", "4", *flags])
     found = json.loads(Path("out/compare/compare.json").read_text())["costs"]
     n = 8 * 4 * 2 * 128
