@@ -17,7 +17,7 @@ from common import NAMES, Experiment, Run, spread
 from exp2_keys_and_values import P, begun, draw_bars, how_soon, in_words, reported
 
 from command.console import run_command
-from command.models import KINDS, new_adapters
+from command.models import ADAPTERS_OF, new_adapters
 
 DEVIATIONS = {"random, 0.02": 0.02, "random, 1": 1.0, "zero": 0.0}
 
@@ -25,7 +25,7 @@ DEVIATIONS = {"random, 0.02": 0.02, "random, 1": 1.0, "zero": 0.0}
 def started(run: Run, method: str, start: str, seed: int) -> Run:
     """A run that starts as a text -> one with another start."""
     if start == "words":
-        own = KINDS[method], run.model, None, run.rows["train"], P, "vocab"
+        own = ADAPTERS_OF[method], run.model, None, run.rows["train"], P, "vocab"
         return run._replace(adapters=new_adapters(*own, seed=seed))
     if start in DEVIATIONS:
         (numbers,) = run.adapters[0].parameters()
@@ -35,7 +35,7 @@ def started(run: Run, method: str, start: str, seed: int) -> Run:
 
 
 def own_flags(add: Callable) -> None:
-    add("--methods", nargs="+", default=["prefix"], choices=KINDS, help="(default: prefix)")
+    add("--methods", nargs="+", default=["prefix"], choices=ADAPTERS_OF, help="(default: prefix)")
 
 
 def main(argv: list[str] | None = None) -> None:
