@@ -2,15 +2,14 @@
 
     python classroom/exp2_keys_and_values.py     some 15 minutes of one core
 
-A prefix of 8 starts as a text, the end of a training example. All of it is trained, or its values
-alone, or its keys alone, or all but its first token, PEFT's default for Cartridges. It is to learn
-route-36 of experiment 1. A run ends when all validation answers are right, or after 1,000 steps of
-8 rows. Three runs differ in base, data and start. The learning rate of each cell is the one that
-is soonest on a fourth, or has the lowest loss there; that run is not reported.
+A prefix of 8 starts as a text, the end of a training example. It is to learn route-36 of experiment
+1. All of it is trained, or its values, or its keys, or all but its first token, PEFT's default for
+Cartridges. A run ends when all validation answers are right, or after 1,000 steps of 8 rows. Three
+runs differ in base, data and start. Each cell has the learning rate that is soonest on a fourth.
 
-A sink is a token that gets attention whatever it says, often the first (Xiao et al. 2023, arXiv
-2309.17453). What share do the text's first token and the virtual ones get, from the positions that
-write the answer? SmolLM2 is asked as well, behind prefixes that start as a text or as noise.
+A sink is a token that gets attention whatever it says, often the first. What share do the text's
+first token and the virtual ones get, from the positions that write the answer? SmolLM2 is asked as
+well, behind prefixes that start as a text or as noise.
 """
 
 from collections.abc import Callable
@@ -37,14 +36,12 @@ SHARES = (
 )  # fmt: skip
 
 
-def begun(
-    experiment: Experiment, method: str, seed: int, lr: float = 0.3, base: Any = None
-) -> Run:
+def begun(experiment: Experiment, seed: int, lr: float = 0.3, base: Any = None) -> Run:
     """-> a run of route-36, before its first step."""
-    sizes = {"train": 1000, "validation": 100, "test": 300}
-    demand, base = DEMANDS["route-36"], base or experiment.base(seed)
+    demand, sizes = DEMANDS["route-36"], {"train": 1000, "validation": 100, "test": 300}
     examples = {split: examples_of(demand, split, n, seed) for split, n in sizes.items()}
-    return experiment.prepared(examples, method, seed, base, P, lr, STEPS, BATCH, STEPS // LOOK)
+    own = base or experiment.base(seed), P, lr, STEPS, BATCH, STEPS // LOOK
+    return experiment.prepared(examples, "prefix", seed, *own)
 
 
 def how_soon(run: Run, most: int) -> dict[str, Any]:
@@ -121,11 +118,11 @@ def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
 
     def measure(part: str, seed: int, lr: float, most: int) -> dict[str, Any]:
-        run = begun(experiment, "prefix", seed, lr)
+        run = begun(experiment, seed, lr)
         return {"trained": freeze(run.adapters[0], part)} | how_soon(run, most) | attention_of(run)
 
     def untrained(start: str, seed: int) -> dict[str, Any]:
-        run = begun(experiment, "prefix", seed, base=SMOLLM2)
+        run = begun(experiment, seed, base=SMOLLM2)
         if start == "noise":
             generator = torch.Generator().manual_seed(seed)
             run = run._replace(adapters=[Prefix.random(run.model, P, generator)])
@@ -143,14 +140,15 @@ def main(argv: list[str] | None = None) -> None:
             own = {"start": start, "seed": seed}
             runs.append(experiment.once({"base": SMOLLM2} | own, partial(untrained, **own)))
         shares = [[run[share] for run in runs] for share in SHARES]
-        sink |= {"text's first token": shares[1], f"the same, behind {start}": shares[2]}
-        sink[f"first token of that {start}"] = shares[3]
+        sink |= {"text, no prefix": shares[1], f"text behind {start}": shares[2]}
+        sink[f"prefix from {start}"] = shares[3]
         cells = [spread(some, 1) for some in shares]
         rows.append(["SmolLM2", f"nothing, {start}", *"––––", *cells])
 
     def draw(axes: Any) -> None:
-        draw_bars(axes[0][0], steps, "steps until all is right")
-        draw_bars(axes[0][1], sink, "SmolLM2: % of the attention")
+        axes[0][0].figure.set_size_inches(12, 4)
+        draw_bars(axes[0][0], steps, "what is trained: steps until right")
+        draw_bars(axes[0][1], sink, "SmolLM2: % of attention on the first token of")
 
     header = ["base", "trained", "numbers", "learning rate", "steps", "exact match %", *SHARES]
     experiment.report(header, rows, draw, 2)
