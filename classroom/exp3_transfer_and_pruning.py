@@ -3,8 +3,8 @@
     python classroom/exp3_transfer_and_pruning.py
 
 A prefix and a soft prompt of 8 are trained for the task chat on one small base. Then they are used
-on two others, which differ only by the seed of their pretraining. And on their own base their
-tokens are taken out one by one, each time the one that is missed least. Nothing is trained again.
+on two others, which differ only by the seed of their pretraining. Three bases take turns. And on
+their own base their tokens are taken out one by one, each time the one that is missed least. Nothing is trained again.
 Beside them stands an adapter that was trained with two tokens from the start.
 """
 
@@ -21,7 +21,7 @@ from small_base.world import task_examples
 from train import evaluate
 
 METHODS = ("prefix", "soft_prompt")
-OTHERS = (1, 2)  # seeds of bases
+BASES = (0, 1, 2)  # their seeds
 LEFT = (8, 6, 4, 3, 2, 1)
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     def measure(method: str, seed: int) -> dict[str, Any]:
         run = experiment.tuned("chat", method, seed, n_virtual=8)
         record = {"loss": run.loss, "exact": run.exact, "others": []}
-        for base in OTHERS:
+        for base in [base for base in BASES if base != seed]:
             tokenizer, other = experiment.load(experiment.base(base))
             examples = task_examples("chat", "validation", 200, seed)
             rows = encode(tokenizer, examples)[: experiment.at_most]

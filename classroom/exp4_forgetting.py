@@ -5,7 +5,7 @@
 Training is for the task sentence: a record as a sentence. Then the loss is measured on every pair
 of source and form in the pretraining documents. Four models are compared: the frozen base, one
 after full fine-tuning, and one with a prefix on and off. A prefix is off when it is not handed in:
-there is nothing to undo.
+there is nothing to undo. Each run has a small base of its own.
 """
 
 import random
@@ -30,11 +30,11 @@ def main(argv: list[str] | None = None) -> None:
         for source, forms in DOCUMENTS.items()
         for form in forms
     }
-    tokenizer, frozen = experiment.load()
     tuned = cache(partial(experiment.tuned, "sentence"))
 
     def measure(pair: Task, seed: int) -> dict[str, float]:
         full, prefix, rng = tuned("full", seed), tuned("prefix", seed), random.Random(seed)
+        tokenizer, frozen = experiment.load(experiment.base(seed))
         records = [random_record(rng, "validation") for _ in range(200)]
         examples = [task_example(pair, record) for record in records]
         rows = encode(tokenizer, examples)[: experiment.at_most]
