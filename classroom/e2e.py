@@ -416,7 +416,7 @@ def draw_dumbbells(e2e: E2E, axis: Any) -> None:
             axis.annotate(f"−{ends[0] - ends[1]:.1f}", (max(ends) + 1, y), va="center")
     axis.set_yticks(list(ticks), list(ticks.values()))
     axis.set(xlabel="BLEU, means of runs", xlim=(50, 73), ylim=(y + 0.7, -0.7))
-    axis.set_title("What is lost from known records (hollow) to new ones (filled)", loc="right")
+    axis.set_title("BLEU lost from validation (hollow) to test data (filled)", loc="right")
 
 
 def own_flags(add: Any) -> None:

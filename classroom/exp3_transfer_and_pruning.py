@@ -23,6 +23,7 @@ from train import evaluate
 METHODS = ("prefix", "soft_prompt")
 BASES = (0, 1, 2)  # their seeds
 LEFT = (8, 6, 4, 3, 2, 1)
+NATS = (0.001, 0.01, 0.1, 1)  # of the figure's axis
 
 
 def pruned(model: nn.Module, adapter: nn.Module, rows: list) -> dict[int, float]:
@@ -73,14 +74,19 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([NAMES[method], *row, spread([run["trained"] for run in some], 4)])
 
     def draw(axes) -> None:
+        axis = axes[0][0]
         for method, some in runs.items():
-            axis, name = axes[0][0], NAMES[method]
+            name = NAMES[method]
             band(axis, left, list(zip(*(run["pruned"] for run in some))), f"{name}, of 8")
             trained = [run["trained"] for run in some]
             label = f"{name}, trained with 2"
-            axis.plot([2] * len(some), trained, "x", label=label, color=colour(name))
-        axis.set(xlabel="virtual tokens left", ylabel="validation loss, nats per token")
-        axis.set(yscale="log")
+            axis.plot([2] * len(some), trained, "x", markersize=9, label=label, color=colour(name))
+        axis.set(xlabel="virtual tokens left", ylabel="loss, nats a token", yscale="log")
+        axis.set(title="Two tokens trained beat two tokens left over")
+        axis.set_xticks(left, left)
+        axis.set_yticks(NATS, NATS)
+        axis.minorticks_off()
+        axis.invert_xaxis()
 
     header = ["method", "own base: exact match %", "loss"]
     header += ["other bases: exact match %", "loss there", "without it"]

@@ -12,7 +12,7 @@ import random
 import statistics
 from functools import cache, partial
 
-from common import Experiment, spread
+from common import Experiment, colour, spread
 
 from command.console import run_command
 from data import encode
@@ -20,6 +20,7 @@ from small_base.world import DOCUMENTS, Task, random_record, task_example
 from train import evaluate
 
 STATES = {"frozen": "frozen base", "full": "full fine-tuning"}
+ABOVE = {"textcoords": "offset points", "ha": "center"}
 STATES |= {"on": "prefix on", "off": "prefix off"}
 
 
@@ -62,13 +63,16 @@ def main(argv: list[str] | None = None) -> None:
     rows.append(row)
 
     def draw(axes) -> None:
-        for (state, label), marker in zip(STATES.items(), "os^x"):
-            seen = [statistics.mean(run[state] for run in some) for some in runs.values()]
-            axes[0][0].plot(seen, list(runs), marker, label=label)
-        axes[0][0].set(xlabel="validation loss, nats per token", xscale="log")
-        axes[0][0].set(title="trained for table → sentence")
-        axes[0][0].invert_yaxis()
-        axes[0][0].grid(axis="y", alpha=0.3)
+        axis = axes[0][0]
+        for x, (state, label) in enumerate(STATES.items()):
+            means = [statistics.mean(run[state] for run in each) for each in zip(*others)]
+            mean = statistics.mean(means)
+            axis.bar(x, mean, color=colour(label.removesuffix(" on").removesuffix(" off")))
+            axis.plot([x] * len(means), means, ".", color="black")
+            axis.annotate(f"{mean:.2f}", (x, max(means)), (0, 5), **ABOVE)
+        axis.set_xticks(range(len(STATES)), STATES.values())
+        axis.set(ylabel="loss on other forms, nats a token", ylim=(0, 1.15 * axis.get_ylim()[1]))
+        axis.set(title="An adapter that is off has forgotten nothing")
 
     experiment.report(["source and form", *STATES.values()], rows, draw, 1)
 

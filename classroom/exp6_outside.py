@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             axes[0][0].plot(GROWING, means, style, label=name, color=colour(name))
             axes[0][0].plot(GROWING, columns, ".", color=colour(name))
         axes[0][0].set(xlabel="tokens of text", ylabel="% of the attention", ylim=(0, 100))
+        axes[0][0].set(title="The more text, the less attention a prefix gets")
+        axes[0][0].set_xticks(GROWING, GROWING)
 
     header = ["task", "softmax", "numbers", "learning rate", "exact match %", "loss a token"]
     header += ["steps", *(f"share % behind {T} tokens" for T in GROWING)]

@@ -2,7 +2,8 @@
 
     python tests/benchmark.py                         the small base, GPT-2 small and SmolLM2-135M
     python tests/benchmark.py --sizes 124M --P 5 100  some of it; other rows of the JSON file stay
-    python tests/benchmark.py --growth                how time and memory grow; a figure, too
+    python tests/benchmark.py --growth                how time and memory grow
+    python tests/benchmark.py --draw                  the figure, of what is stored
 
 Weights are random. It needs the peers: pip install -r tests/requirements.txt. On a GPU it takes
 batches of 32, and writes tests/benchmark-<gpu>.json. A time is the median of 15 turns, in each of
@@ -460,35 +461,32 @@ def grow(table: Table, root: Path, sizes: list[str]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws step time, its floor and what is kept for backward against each axis."""
+    """Draws bars of here against PEFT: the time of a step, and the memory at its peak."""
     try:
         from matplotlib import pyplot
     except ImportError:
         return print("no figure: matplotlib is not installed")
-    labels = {
-        "P": "virtual tokens of a prefix",
-        "P, soft prompt": "virtual tokens of a soft prompt",
-        "T": "tokens of a row",
-    }
-    labels |= {"B": "rows", "size": "parameters of the base"}
-    curves = {
-        "here": ("step, ms", "o-"),
-        "floor": ("its matrix products, ms", "k--"),
-        "kept_mb": ("kept for backward, MB", "s-"),
-    }
-    curves["formula_mb"] = ("the same by the formula, MB", "k:")
-    figure, subplots = pyplot.subplots(
-        1, len(labels), figsize=(17, 4), sharey=True, layout="constrained"
-    )
-    for subplot, (axis, label) in zip(subplots, labels.items()):
-        points = sorted((row for row in rows if row["axis"] == axis), key=lambda row: row["x"])
-        for key, (name, style) in curves.items():
-            subplot.loglog(
-                [row["x"] for row in points], [row[key] for row in points], style, label=name
-            )
-        subplot.set_xlabel(label)
-    subplots[0].legend()
-    figure.savefig(path, dpi=120)
+    by_name = {row["what"]: row for row in rows}
+    cases = list(itertools.product(("124M", "135M"), ("prefix", "soft_prompt")))
+    names = {"124M": "GPT-2 small", "135M": "SmolLM2-135M"}
+    pictures = {"step": "milliseconds a step, float32", "peak memory": "MB at the peak, float32"}
+    figure, subplots = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for subplot, (what, title) in zip(subplots, pictures.items()):
+        found = [by_name[f"{size} {method} P=20 float32 {what}"] for size, method in cases]
+        for side, key, colour in ((-0.2, "here", "C2"), (0.2, "peft", "silver")):
+            places = [place + side for place in range(len(cases))]
+            bars = subplot.barh(places, [row[key] for row in found], 0.4, color=colour, label=key)
+            subplot.bar_label(bars, fmt="{:,.0f}", padding=3)
+        labels = [f"{names[size]}\n{method.replace('_', ' ')} of 20" for size, method in cases]
+        subplot.set_yticks(range(len(cases)), labels)
+        subplot.invert_yaxis()
+        subplot.margins(x=0.15)
+        subplot.set_xticks([])
+        subplot.spines[["top", "right", "bottom"]].set_visible(False)
+        subplot.set_title(title)
+    subplots[1].set_yticks([])
+    figure.legend(["here", "PEFT"], loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
@@ -512,10 +510,14 @@ def main() -> None:
         "--compile", action="store_true", help="also with each block compiled by torch.compile"
     )
     parser.add_argument("--growth", action="store_true", help="growth in place of the comparison")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what is stored")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print(peak_of_this_process(*args.peak))
+    if args.draw:
+        stored = Path(__file__).with_name("benchmark.json")
+        return draw(read_json(stored)["comparison"], stored.with_suffix(".png"))
     name = machine(DEVICE)
     path = Path(__file__).with_name(
         f"benchmark-{name.replace(' ', '-')}.json" if CUDA else "benchmark.json"
@@ -533,8 +535,6 @@ def main() -> None:
                     compare(table, root, size, method, P, 32 if CUDA else 10, peaks, args.compile)
                 compare_generation(table, root, size, P=20)
                 compare_many(table, root, size, P=20)
-    if args.growth:
-        draw(table.found["growth"], path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
