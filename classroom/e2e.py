@@ -107,7 +107,7 @@ class Cell(NamedTuple):
 
 
 SCORES = {"bleu": "BLEU", "chrf": "chrF"}
-VERBATIM = ("name", "Type", "food", "near")  # slots that have known as well as new values
+COPIED = ("name", "Type", "food", "near")  # slots that have known as well as new values
 PARTS = {
     "table": [
         Cell("none", steps=0), Cell("prefix", 4, "examples", steps=0),
@@ -262,16 +262,22 @@ class E2E:
     def scores_of(self, records: list[str], texts: list[str], part: str) -> dict[str, Any]:
         """-> BLEU and chrF against all references, and how many values of each slot are stated.
 
-        Those that occur in the training data are counted apart from new ones: [stated, in all].
+        Values that occur in the training data are counted apart from new ones: [stated, in all].
+        So is BLEU of the records that have only known values, if there are any.
         """
-        references = [self.references[part][record] for record in records]
-        columns = list(zip_longest(*references))  # the i-th reference of each record, or None
-        scores: dict[str, Any] = {"signatures": []}
         # forced, for E2E's full stops stand apart from the word, which is no mistake
-        for metric in (sacrebleu.BLEU(force=True), sacrebleu.CHRF()):
-            name = type(metric).__name__.lower()
-            scores[name] = metric.corpus_score(texts, columns).score
-            scores["signatures"].append(str(metric.get_signature()))
+        bleu, chrf = sacrebleu.BLEU(force=True), sacrebleu.CHRF()
+
+        def score(metric: Any, some: list[int]) -> float:
+            references = [self.references[part][records[i]] for i in some]
+            columns = list(zip_longest(*references))  # the i-th reference of each record, or None
+            return metric.corpus_score([texts[i] for i in some], columns).score
+
+        everything = range(len(records))
+        scores: dict[str, Any] = {"bleu": score(bleu, everything), "chrf": score(chrf, everything)}
+        known = [i for i in everything if values_of(records[i]) <= self.known]
+        scores["bleu_known_records"] = [score(bleu, known) if known else None, len(known)]
+        scores["signatures"] = [str(metric.get_signature()) for metric in (bleu, chrf)]
         counts: dict[str, dict[str, list[int]]] = {"known": {}, "new": {}}
         for record, text in zip(records, texts):
             for (slot, value), right in stated(record, text).items():
@@ -299,15 +305,13 @@ class E2E:
         return [found[seed] for seed in self.experiment.seeds if seed in found]
 
 
-def share(runs: list[dict[str, Any]], part: str, kind: str, slots: tuple[str, ...] = ()) -> str:
-    """-> the percentage of known or new values that a text states: the mean and range of runs."""
+def share(runs: list[dict[str, Any]], key: str, kind: str, copied: bool) -> str:
+    """-> the percentage of known or new values stated, of slots that are COPIED or of others."""
     shares = []
     for run in runs:
-        counts = run[f"{part}values"][kind]
-        some = [counts[slot] for slot in counts if slot in slots or not slots]
+        some = [n for slot, n in run[key][kind].items() if (slot in COPIED) == copied]
         right, n = map(sum, zip(*some)) if some else (0, 0)
-        if n:
-            shares.append(100 * right / n)
+        shares += [100 * right / n] if n else []
     return spread(shares, 1) if shares else "–"
 
 
@@ -316,7 +320,10 @@ def machines(runs: list[dict[str, Any]]) -> str:
 
 
 def values_table(e2e: E2E) -> str:
-    """-> how many known and new values are stated, on validation and test data."""
+    """-> how many known and new values are stated, on validation and test data.
+
+    Names are those of restaurants, types, foods and neighbours. Levels are all else, always known.
+    """
     rows = []
     for cell in e2e.cells("values"):
         runs = e2e.runs(cell, "values")
@@ -324,13 +331,15 @@ def values_table(e2e: E2E) -> str:
             continue
         row = [label(cell), str(len(runs)), machines(runs)]
         row += [spread([run[key] for run in runs], 1) for key in ("bleu", "test_bleu")]
-        row += [share(runs, *which) for which in (("", "known"), ("test_", "known"))]
-        row.append(share(runs, "test_", "new"))
-        rows.append(row + [share(runs, "test_", kind, VERBATIM) for kind in ("known", "new")])
-    header = ["method", "runs", "machine", "BLEU", "BLEU, test", "known values %"]
-    header += ["known values %, test", "new values %, test"]
-    header += ["known names and foods %, test", "new names and foods %, test"]
-    return markdown(header, rows)
+        known = [run["test_bleu_known_records"][0] for run in runs]
+        row.append(spread(known, 1) if None not in known else "–")
+        row += [share(runs, "values", "known", True), share(runs, "test_values", "known", True)]
+        row.append(share(runs, "test_values", "new", True))
+        row += [share(runs, f"{part}values", "known", False) for part in ("", "test_")]
+        rows.append(row)
+    header = ["method", "runs", "machine", "BLEU", "BLEU, test", "of known values alone"]
+    header += ["known names %", "known names %, test", "new names %, test"]
+    return markdown([*header, "levels %", "levels %, test"], rows)
 
 
 def table(e2e: E2E, part: str) -> str:
