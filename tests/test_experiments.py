@@ -75,12 +75,12 @@ def test_a_key_decides_the_answer(N):
     """Each key has one answer in training and test; of routes, half of the keys have each form."""
     answers = {}
     for split, n in (("train", 9000), ("test", 500)):
-        for example in exp1_demand.examples_of("fact", N, split, n, seed=0):
+        for example in exp1_demand.examples_of(exp1_demand.Demand("fact", N), split, n, seed=0):
             name, food = example.input.split()[4], example.input.split()[-3]
             area = example.target.split()[-2]
             answers.setdefault((name, food) if N > 36 else name, set()).add(area)
     assert len(answers) == N and all(len(some) == 1 for some in answers.values())
-    examples = exp1_demand.examples_of("route", 8, "train", 500, 0)
+    examples = exp1_demand.examples_of(exp1_demand.Demand("route", 8), "train", 500, 0)
     routes = {example.input.split()[4]: example.target.split()[0] for example in examples}
     assert sorted(routes.values()) == 4 * ["Dear"] + 4 * ["Yes"]
 
@@ -88,7 +88,7 @@ def test_a_key_decides_the_answer(N):
 def test_neither_field_alone_decides_an_xor():
     """Each name, and each food, has as many polite as terse answers; the two together have one."""
     seen = {}
-    for example in exp1_demand.examples_of("xor", 36, "train", 20000, seed=0):
+    for example in exp1_demand.examples_of(exp1_demand.Demand("xor", 36), "train", 20000, seed=0):
         words = example.input.split()
         for key in (words[4], words[-3], (words[4], words[-3])):
             seen.setdefault(key, []).append(example.target.startswith("Yes"))
