@@ -295,13 +295,17 @@ class E2E:
         return best_rate(RATES[cell.method], lambda lr: self.run(some, UNREPORTED, lr)["loss"])
 
     def runs(self, cell: Cell, part: str = "table") -> list[dict[str, Any]]:
-        """-> the reported runs of a cell that are stored, one for each seed."""
+        """-> the reported runs of a cell that are stored, one for each seed.
+
+        Those with known values apart are of one machine: that of the first.
+        """
         settings = cell._asdict() | {"base_and_data": self.seen}
         settings["steps"] = self.experiment.steps(cell.steps) if cell.steps else 0
-        found = {}
-        for run in self.experiment.runs:
-            if settings.items() <= run.items() and ("values_apart" in run or part != "values"):
-                found.setdefault(run["seed"], run)
+        runs = [run for run in self.experiment.runs if settings.items() <= run.items()]
+        if part == "values":
+            runs = [run for run in runs if "values_apart" in run]
+            runs = [run for run in runs if run["machine"] == runs[0]["machine"]]
+        found = {run["seed"]: run for run in reversed(runs)}  # the first of each seed
         return [found[seed] for seed in self.experiment.seeds if seed in found]
 
 
