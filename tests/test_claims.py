@@ -91,6 +91,20 @@ def scores(method: str, size: int, key: str) -> list[float]:
     return [run[key] for run in by_seed(TABLED, method=method, size=size)]
 
 
+def earlier(demand: str, N: int, method: str, size: int) -> list[dict]:
+    """-> the reported runs of a cell of the earlier table of demands, base by base."""
+    cell = {"demand": demand, "N": N, "method": method, "size": size}
+    runs = [run for run in stored("exp1_earlier")["runs"] if run["base"] < 100]
+    found = [run for run in runs if cell.items() <= run.items()]
+    return sorted(found, key=lambda run: run["base"])
+
+
+def steps(demand: str, N: int, method: str, size: int) -> list[float]:
+    """-> for each of them, the steps until all validation answers were right: or NEVER."""
+    runs = earlier(demand, N, method, size)
+    return [run["curve"][-1][0] if run["exact"] == 100 else NEVER for run in runs]
+
+
 def compared(task: str, method: str, key: str = "exact_match") -> list[float]:
     """-> one value of the reported runs of compare.py, seed by seed."""
     reported = [run for run in COMPARE["runs"] if "exact_match" in run]  # a search has no test
@@ -122,12 +136,15 @@ def test_the_verdicts_are_those_of_the_runs():
     costs, e2e = table("e2e_costs"), table("e2e_table")
     kept = [costs[method]["kept for backward"] for method in ("prefix of 10", "soft prompt of 20")]
     kept = [f"{float(cell.removesuffix(' MB')):.0f} MB" for cell in kept]
+    facts = [table("exp1_earlier")[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
+    facts = [cell.split(",")[0].replace(" [", " % [") for cell in facts]
     stack = e2e["prefix + soft prompt of 9 + 20"]["BLEU, test"]
     alone = e2e["prefix of 10"]["BLEU, test"]
     expected = {
         "A prefix trains": ("depends", f"{between(share['prefix'], 'g')} %"),
         "A soft prompt trains": ("depends", f"{between(share['soft prompt'], 'g')} %"),
         "A prefix needs more memory": ("no", f"{kept[0]}; soft prompt {kept[1]}"),
+        "Complex tasks": ("undecided", f"{facts[0]}; soft prompt {facts[1]}"),
         "A soft prompt is cheaper": ("no", f"{between(steps_ratio(BENCHMARK))} of a prefix's step"),
         "Simple tasks": ("yes", "100 % with 768 numbers"),
         "Combining both": ("not seen", f"BLEU {stack}; prefix alone {alone}"),
@@ -168,6 +185,9 @@ def derived_numbers() -> set[str]:
     numbers.append(f"{GPU['135M soft_prompt P=20 float32 step']['/full']:.2f}")
     costs = COMPARE["costs"]
     tokens = [cost["token"] / costs["none"]["token"] for cost in costs.values()]
+    new = [run for run in stored("exp1_demand")["runs"] if run["seed"] < 3]
+    numbers += [f"{run['steps']:,}" for run in new if run["demand"] == "route-36"]
+    numbers += [str(2400 * 8 // 432), *(f"{n}" for n in steps("fact", 36, "prefix", 8))]
     return set(numbers) | {f"{edge(tokens):.2f}" for edge in (min, max)}
 
 
@@ -193,13 +213,13 @@ def prefixes() -> list[list[dict]]:
 PARTS = {  # a section of the findings -> the scripts and tables that it reports
     "Usual tasks on the small base": ("compare",),
     "Real language: E2E": ("e2e",),
-    "The claims, one by one": ("exp1_demand", "compare", "e2e"),
-    "What each demand needs": ("exp1_demand",),
+    "The claims, one by one": ("exp1_demand", "exp1_earlier", "compare", "e2e"),
+    "What each demand needs": ("exp1_demand", "exp1_earlier"),
 }
 PAPERS = {"2017", "2021", "6.4", "70.3", "68.8", "62.2", "70.4"}  # what they report
 COUNTS = {"4,672", "547", "500", "484"}  # of E2E: pairs, records, test records, new ones
 CLAIMED = {"0.1", "0.01"}  # percent, of shares
-EARLIER = {"2,400"}  # steps of runs that are no more
+EARLIER = {"2,400", "0.01"}  # steps and a rate of runs whose script has changed
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -207,7 +227,9 @@ def test_every_number_of_the_findings_was_measured(part):
     """To the digits shown, it is in a table or the script of its part, or made of the runs."""
     text = FINDINGS.split(f"## {part}")[1].split("\n## ")[0]
     scripts = (ROOT / "classroom" / f"{script}.py" for script in PARTS[part])
-    known = "".join(path.read_text(encoding="utf-8").replace("_000", ",000") for path in scripts)
+    known = "".join(
+        path.read_text(encoding="utf-8").replace("_000", ",000") for path in scripts if path.exists()
+    )
     for script in PARTS[part]:
         known += "".join(path.read_text(encoding="utf-8") for path in RESULTS.glob(f"{script}*.md"))
     said = set(NUMBER.findall(" ".join(sentences_of(text))))
@@ -228,11 +250,30 @@ def claims_of_the_findings() -> dict[str, bool]:
     stack = scores("both", 9, "test_bleu")
     full, lora = scores("full", 0, "test_bleu"), scores("lora", 2, "test_bleu")
     twenty, long = scores("soft_prompt", 20, "test_bleu"), scores("soft_prompt", 200, "test_bleu")
+    eight = [steps("route", 8, *cell) for cell in (("prefix", 8), ("soft_prompt", 20), ("soft_prompt", 64))]
+    more = [steps("route", 36, *cell) for cell in (("prefix", 8), ("soft_prompt", 20), ("soft_prompt", 64))]
+    xor = earlier("xor", 36, "lora", 4)
     others = [("prefix", 5), ("prefix", 10), ("both", 9), ("lora", 2), ("lora", 4), ("full", 0)]
     losses = [scores(*cell, "test_loss") for cell in [*others[:-1], ("soft_prompt", 20)]]
     rest = [scores(*cell, "test_bleu") for cell in [*others, ("soft_prompt", 200)]]
     prefix_loss = scores("prefix", 10, "test_loss")
     return {
+        "In every pair of runs, both soft prompts take longer": all(
+            all_less(eight[0], some) for some in eight[1:]
+        ),
+        "soft prompt of 20 ties with the prefix in one run": sum(
+            a == b for a, b in zip(*more[:2])
+        ) == 1,
+        "that of 64 is faster in one": sum(map(less, more[2], more[0])) == 1,
+        "in three runs of three, a soft prompt of 64 in two": [
+            sum(n < NEVER for n in some) for some in (more[0], more[2])
+        ] == [3, 2],
+        "LoRA ran only at a rate of 0.01": {run["lr"] for run in xor} == {0.01},
+        "two of its runs ended at 0 %": sum(run["test"] == 0 for run in xor) == 2,
+        "a soft prompt of 20 learned *route 36* after 600, 750 and 1,300 steps": [
+            (run["steps"], run["solved"])
+            for run in by_seed(stored("exp1_demand")["runs"], demand="route-36", size=20)
+        ] == [(600, True), (750, True), (1300, True)],
         "1.46 [1.45–1.46], in every pair": all_less(
             prefix_loss, scores("soft_prompt", 200, "test_loss")
         ),

@@ -309,7 +309,7 @@ def test_the_readmes_verdicts_are_those_of_the_runs():
     share = {"prefix": [], "soft prompt": []}
     for _, method, percents in cells:
         share[method] += [float(cell.removesuffix(" %")) for cell in percents.split(" | ")]
-    costs, demand, e2e = (result(name) for name in ("e2e_costs", "exp1_demand", "e2e_table"))
+    costs, demand, e2e = (result(name) for name in ("e2e_costs", "exp1_earlier", "e2e_table"))
     kept = [costs[method]["kept for backward"] for method in ("prefix of 10", "soft prompt of 20")]
     kept = [f"{float(cell.removesuffix(' MB')):.0f} MB" for cell in kept]
     facts = [demand[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
