@@ -136,7 +136,8 @@ def test_the_verdicts_are_those_of_the_runs():
     costs, e2e = table("e2e_costs"), table("e2e_table")
     kept = [costs[method]["kept for backward"] for method in ("prefix of 10", "soft prompt of 20")]
     kept = [f"{float(cell.removesuffix(' MB')):.0f} MB" for cell in kept]
-    facts = [table("exp1_earlier")[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
+    demand = table("exp1_earlier")
+    facts = [demand[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
     facts = [cell.split(",")[0].replace(" [", " % [") for cell in facts]
     stack = e2e["prefix + soft prompt of 9 + 20"]["BLEU, test"]
     alone = e2e["prefix of 10"]["BLEU, test"]
@@ -226,10 +227,9 @@ EARLIER = {"2,400", "0.01"}  # steps and a rate of runs whose script has changed
 def test_every_number_of_the_findings_was_measured(part):
     """To the digits shown, it is in a table or the script of its part, or made of the runs."""
     text = FINDINGS.split(f"## {part}")[1].split("\n## ")[0]
-    scripts = (ROOT / "classroom" / f"{script}.py" for script in PARTS[part])
-    known = "".join(
-        path.read_text(encoding="utf-8").replace("_000", ",000") for path in scripts if path.exists()
-    )
+    scripts = [ROOT / "classroom" / f"{script}.py" for script in PARTS[part]]
+    sources = [path.read_text(encoding="utf-8") for path in scripts if path.exists()]
+    known = "".join(sources).replace("_000", ",000")
     for script in PARTS[part]:
         known += "".join(path.read_text(encoding="utf-8") for path in RESULTS.glob(f"{script}*.md"))
     said = set(NUMBER.findall(" ".join(sentences_of(text))))
@@ -250,8 +250,8 @@ def claims_of_the_findings() -> dict[str, bool]:
     stack = scores("both", 9, "test_bleu")
     full, lora = scores("full", 0, "test_bleu"), scores("lora", 2, "test_bleu")
     twenty, long = scores("soft_prompt", 20, "test_bleu"), scores("soft_prompt", 200, "test_bleu")
-    eight = [steps("route", 8, *cell) for cell in (("prefix", 8), ("soft_prompt", 20), ("soft_prompt", 64))]
-    more = [steps("route", 36, *cell) for cell in (("prefix", 8), ("soft_prompt", 20), ("soft_prompt", 64))]
+    sizes = [("prefix", 8), ("soft_prompt", 20), ("soft_prompt", 64)]
+    eight, more = ([steps("route", N, *cell) for cell in sizes] for N in (8, 36))
     xor = earlier("xor", 36, "lora", 4)
     others = [("prefix", 5), ("prefix", 10), ("both", 9), ("lora", 2), ("lora", 4), ("full", 0)]
     losses = [scores(*cell, "test_loss") for cell in [*others[:-1], ("soft_prompt", 20)]]
@@ -362,7 +362,8 @@ def claims_of_the_classroom() -> dict[str, bool]:
     shifted = [experiment("exp6_outside", "exact", place=place, task="shifted") for place in places]
     return {
         "A prefix does harm there in every pair of bases": all(
-            other["loss"] > 3 * other["frozen"] for run in pruning["prefix"] for other in run["others"]
+            other["loss"] > 3 * other["frozen"]
+            for run in pruning["prefix"] for other in run["others"]
         ),
         "A soft prompt does little": all(
             abs(other["loss"] - other["frozen"]) < 0.1
