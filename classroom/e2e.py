@@ -275,9 +275,9 @@ class E2E:
 
         everything = range(len(records))
         scores: dict[str, Any] = {"bleu": score(bleu, everything), "chrf": score(chrf, everything)}
+        scores["signatures"] = [str(metric.get_signature()) for metric in (bleu, chrf)]
         known = [i for i in everything if values_of(records[i]) <= self.known]
         scores["bleu_known_records"] = [score(bleu, known) if known else None, len(known)]
-        scores["signatures"] = [str(metric.get_signature()) for metric in (bleu, chrf)]
         counts: dict[str, dict[str, list[int]]] = {"known": {}, "new": {}}
         for record, text in zip(records, texts):
             for (slot, value), right in stated(record, text).items():

@@ -52,7 +52,7 @@ def one_line(page: str) -> str:
     return " ".join(page.split())
 
 
-# ------------------------------------------------------------------ short, and in plain sentences
+# -------------------------------------------------------------------- short, and in plain sentences
 
 
 def test_the_readme_is_short():
@@ -77,7 +77,7 @@ def test_nothing_on_a_page_is_left_to_do(name):
     assert "TODO" not in PAGES[name]
 
 
-# -------------------------------------------------------------------- what the pages name is there
+# --------------------------------------------------------------------- what the pages name is there
 
 
 @every_page
@@ -176,14 +176,14 @@ def test_messages_that_a_page_explains_are_ours():
     assert all(part in page and part in CODE for part in parts.split("|"))
 
 
-# ----------------------------------------------------------------------- what the pages show runs
+# ------------------------------------------------------------------------- what the pages show runs
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory) -> Path:
     """A folder with a base of four steps in out/base. It knows nothing, and need not."""
     folder = tmp_path_factory.mktemp("docs")
-    pretrain(folder / "out" / "base", steps=4)
+    pretrain(folder / "out" / "base", steps=4, batch_size=4)
     return folder
 
 

@@ -192,7 +192,7 @@ def test_an_adapter_without_training_json_is_used_but_not_replaced(base, tmp_pat
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_loads(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Path, "touch", raising(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("tempfile.TemporaryFile", raising(PermissionError(13, "Permission denied")))
     monkeypatch.setattr(train, "open_base", None)
     with pytest.raises(ValueError, match=r"cannot be written to \(Permission denied\)"):
         run(base, "--out", tmp_path / "new")

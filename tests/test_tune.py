@@ -400,7 +400,7 @@ def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     """With an error, not with a wait for ever. The last checkpoint stays."""
     argv = torchrun(base, "--steps", "20000", "--eval-every", "5", "--out", tmp_path)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = "checkpoint.safetensors"
+    checkpoint = "checkpoint.pt"
     while not (tmp_path / checkpoint).exists():
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
