@@ -36,9 +36,10 @@ from torch import nn
 
 from command.answers import CUT, answers
 from command.console import run_command, say
-from command.models import KINDS, new_adapters
+from command.examples import read_jsonl
+from command.models import ADAPTERS_OF, new_adapters
 from command.process import pick_dtype
-from data import Example, Row, batch_of, encode, read_jsonl, source_ids
+from data import Example, Row, batch_of, encode, source_ids
 from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from storage.base import fingerprint, load_base
@@ -208,7 +209,7 @@ class E2E:
             adapter = Prefix.text(model, torch.tensor(shown, device=model.device))
             return Run(model, [adapter], rows, plan)
         adapters = []
-        for kind, P in zip(KINDS.get(cell.method, []), (n, BEHIND)):
+        for kind, P in zip(ADAPTERS_OF.get(cell.method, []), (n, BEHIND)):
             start = (P, cell.init, TASK_TEXT, seed)
             adapters += new_adapters([kind], model, self.tokenizer, rows["train"], *start)
         return Run(model, adapters, rows, plan)

@@ -44,7 +44,7 @@ from common import (  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import data  # noqa: E402
-from command.models import KINDS  # noqa: E402
+from command.models import ADAPTERS_OF  # noqa: E402
 from command.process import pick_device  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig, rows_of  # noqa: E402
@@ -101,7 +101,7 @@ def base_directory(root: Path, size: str, dtype: torch.dtype) -> Path:
 
 def ours(model: Decoder, method: str, P: int) -> tuple[Decoder, nn.Module]:
     """-> a model of ours, frozen, and an adapter of random numbers on it."""
-    (kind,) = KINDS[method]
+    (kind,) = ADAPTERS_OF[method]
     model = model.to(DEVICE).requires_grad_(False)
     return model, kind.random(model, P, torch.Generator().manual_seed(0))
 

@@ -23,6 +23,7 @@ import data
 import generate
 import train
 from command.console import run_command
+from command.examples import read_jsonl
 from command.flags import RECIPES, generate_flags, train_flags
 from model import GPT, GPTConfig
 from prefix import Prefix
@@ -264,7 +265,7 @@ def test_bad_lines_of_data(places):
     tokenizer, formats = load_tokenizer(places / "base"), set()
 
     def use() -> None:
-        examples = data.read_jsonl(path, say=str)
+        examples = read_jsonl(path, say=str)
         for row, example in zip(data.encode(tokenizer, examples, json.dumps), examples):
             given = example.input
             said = [{"role": "user", "content": given}] if isinstance(given, str) else given

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import train
+from command.examples import read_jsonl
 from command.flags import RECIPES, generate_flags, train_flags
-from data import read_jsonl
 from model import past_length
 from prefix import Prefix
 from small_base.pretrain import pretrain

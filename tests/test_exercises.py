@@ -116,7 +116,7 @@ SHIFTED = """
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)
     scored = batch.targets[:, 1:] != IGNORE
     return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""
-PER_ROW = "append_past(past, k, v) for past, (k, v) in zip(past_kv, rows)"
+PER_LAYER = "[append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]"
 
 # What students are likely to hand in. A sentence that they are shown, then the right solution with
 # a part of it replaced, or a body of its own.
@@ -185,14 +185,15 @@ MISTAKES = {
     ],
     6: [
         ("with self.kv() they come through the MLP", "self.kv()", "self.start"),
-        ("k and v swapped?", "(k, v) for k, v in layers", "(v, k) for k, v in layers"),
+        ("k and v swapped?", "append_past(past, k, v)", "append_past(past, v, k)"),
         ("Axes are mixed up", None, """
             P, L, _, H, D = self.start.shape
             return [(k, v) for k, v in self.kv().reshape(L, 2, 1, H, P, D)]"""),
-        ("the prefix behind it", "append_past(past, k, v)", "append_past((k, v), *past)"),
+        ("the prefix behind it", "append_past(past, k, v)",
+         "append_past((k, v), *past) if past else (k, v)"),
         ("are (1, H, P, D)", "[:, :, None]", ""),
-        ("not the two lists", f"[{PER_ROW}]", "past_kv + [(k, v) for k, v in layers]"),
-        ("The past in front is lost", "if past_kv is None:", "if True:"),
+        ("not the two lists", PER_LAYER, "(past_kv or []) + [(k, v) for k, v in layers]"),
+        ("The past in front is lost", "append_past(past, k, v)", "(k, v)"),
         ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
         ("has the dtype of the model", ".to(model.dtype)", ""),
     ],
@@ -222,12 +223,11 @@ MISTAKES = {
         ("not its numbers", "Prefix(self.kv())", "self.kv()"),
     ],
     10: [
-        ("hand it to the model", "(vectors, past_kv)", "(vectors, None if B == 1 else past_kv)"),
-        ("expand the vectors to B rows", ".expand(B, P, C)", "[None]"),
+        ("hand it to the model", "(vectors, past_kv)", "(vectors, None)"),
+        ("a batch of one", "[None]", ""),
         ("training learns nothing", "self.vectors.to", "self.vectors.detach().to"),
         ("Positions are put in twice", "self.vectors.to(model.dtype)",
-         "(self.vectors + model.wpe.weight[:P]).to(model.dtype)"),
-        ("a batch of one", "model.forward_embeddings(vectors", "model(vectors"),
+         "(self.vectors + model.wpe.weight[: len(self.vectors)]).to(model.dtype)"),
         ("returns the cache", "return cache", "return _, cache"),
         ("do not only put it in front", None, PROMPT_ALONE),
     ],
@@ -242,8 +242,8 @@ MISTAKES = {
     ],
     12: [
         ("a mean of means", None, ROW_BY_ROW),
-        ("in the order they came in", "exact[chunk[row_of[~right].cpu()]] = False",
-         "exact[lengths.argsort(stable=True).argsort()[chunk[row_of[~right].cpu()]]] = False"),
+        ("in the order they came in", "exact[wrong_rows] = False",
+         "exact[lengths.argsort(stable=True).argsort()[wrong_rows]] = False"),
         ("The adapters are not used", "stacked_past_kv(adapters, model)", "None"),
         ("not one a position", None,
          ROW_BY_ROW.replace("append(bool(right.all()))", "extend(right.tolist())")),

@@ -332,7 +332,7 @@ def test_mistakes_behind_another_past(model):
     front, prefix = random_prefix(2, seed=2), random_prefix()
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in front.past_kv(model)]
-        hint = "A past of B rows: expand the prefix to B rows, then put it behind."
+        hint = "A past of B rows: append_past puts it in front, and serves each of its rows."
         cache = attempt(hint, prefix.past_kv, model, past)
         hint = "Still a pair a layer: join its tensors along the positions, not the two lists."
         assert len(cache) == L, hint
@@ -449,7 +449,7 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
     prompt, text = random_prompt(), random_ids(2, seed=3)
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in model(text[None])[1]]
-        hint = "A past of B rows, B = past_kv[0][0].size(0): expand the vectors to B rows."
+        hint = "Behind a past of B rows, the cache has B rows, too."
         cache = attempt(hint, prompt.past_kv, model, past)
         shaped(cache[0][0][:, :, -3:], (B, H, 3, D), hint)
         alone = prompt.past_kv(model)

@@ -12,7 +12,8 @@ from conftest import files_in, forty, raising, run, write_jsonl
 
 import generate
 import train
-from command.models import load_adapters, load_examples
+from command.examples import load_examples
+from command.models import load_adapters
 from data import encode
 from small_base.pretrain import pretrain
 from small_base.world import task_examples
