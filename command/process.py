@@ -69,14 +69,16 @@ def pick_dtype(name: str | None, model: Decoder, device: torch.device, full: boo
         raise ValueError("--method full needs --dtype float32: bfloat16 rounds small updates away")
     if full or name == "float32":
         return torch.float32
-    if name == "bfloat16":
-        return torch.bfloat16
     if device.type != "cpu":
-        return model.dtype
-    n_parameters = sum(p.numel() for p in model.parameters())
-    if n_parameters < 10**7:  # nothing to gain
-        return torch.float32
-    return min((torch.float32, torch.bfloat16), key=seconds_of_a_product)
+        return torch.bfloat16 if name else model.dtype
+    slower = seconds_of_a_product(torch.bfloat16) / seconds_of_a_product(torch.float32)
+    if name:
+        if slower > 1:
+            cost = f"takes {slower:.0f} times as long as in float32"
+            say(f"--dtype bfloat16: this processor emulates it, and {cost}")
+        return torch.bfloat16
+    small = sum(p.numel() for p in model.parameters()) < 10**7  # nothing to gain
+    return torch.float32 if small or slower > 1 else torch.bfloat16
 
 
 def seconds_of_a_product(dtype: torch.dtype) -> float:
