@@ -143,7 +143,9 @@ def test_a_base_that_overflows_says_so_and_prints_nothing(base, tmp_path, monkey
     monkeypatch.setattr(command.models, "pick_dtype", lambda *_: torch.float16)
     monkeypatch.setattr(command.models, "load_base", lambda _: model)
     sentence = "overflows in torch.float16.* give --dtype float32"
-    for flags in (["--prompt", "name"], ["--data", forty(base)]):
+    few = tmp_path / "few.jsonl"
+    few.write_text(Path(forty(base)).read_text().split("\n")[0])
+    for flags in (["--prompt", "name"], ["--data", few]):
         with pytest.raises(ValueError, match=sentence):
             use(base, *flags)
     monkeypatch.setattr(train, "tune", None)
