@@ -7,9 +7,9 @@ of N forms the answer is to have. The base knows all forms and all words. It nev
 says anything, and which word means which form is drawn at random. Half of the forms follow a review
 in the base's own documents, the other half never do.
 
-A run ends when all validation answers are exact, at the latest after 2,400 steps of 16 rows. Three
+A run ends when all validation answers are exact, at the latest after 2,400 steps of 8 rows. Three
 runs differ in base, data, code and start. The learning rate of each cell is the one that is soonest
-on a fourth base, or has the lowest loss after 1,600 steps; that run is not reported.
+on a fourth base, or has the lowest loss after 1,200 steps; that run is not reported.
 """
 
 import random
@@ -31,7 +31,7 @@ FOREIGN = ["casual", "polite", "chat", "terse"]  # only after other sources
 WORDS = ["glad", "guest", "still", "ready", "asks", "come", "serve", "rated"]
 COUNTS = [2, 4, 8]
 SIZES = [("prefix", 8), ("soft_prompt", 64), ("soft_prompt", 20)]  # the first two of 8,192 numbers
-STEPS, STEPS_OF_SEARCH, LOOK, UNREPORTED = 2_400, 1_600, 50, 100
+BATCH, STEPS, STEPS_OF_SEARCH, LOOK, UNREPORTED = 8, 2_400, 1_200, 50, 100
 
 
 def examples_of(N: int, split: str, n: int, seed: int) -> list[Example]:
@@ -67,7 +67,7 @@ class Switches:
             examples = {split: examples_of(N, split, n, seed) for split, n in sizes.items()}
             run = experiment.prepared(
                 examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr,
-                steps=STEPS, looks=STEPS // LOOK,
+                steps=STEPS, batch_size=BATCH, looks=STEPS // LOOK,
             )  # fmt: skip
             seen = looks_of(run, is_done)
             exact = evaluate(run.model, run.adapters, run.rows["test"], 50).exact
