@@ -109,10 +109,10 @@ def cell_in_words(runs: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
     switches = Switches(experiment)
-    cells = {
-        pair: [switches.runs(N, *pair) for N in switches.counts] for pair in switches.sizes
-    }  # fmt: skip
-    rows = []
+    cells, rows = {pair: [] for pair in switches.sizes}, []
+    for N in switches.counts:
+        for pair in switches.sizes:
+            cells[pair].append(switches.runs(N, *pair))
     for pair, columns in cells.items():
         numbers = f"{columns[0][0]['trained']:,}"
         rows.append([label(*pair), numbers, *map(cell_in_words, columns)])
