@@ -2,7 +2,7 @@
 
     python classroom/exp9_dial.py                         some ten minutes of one core
 
-Each adapter is trained for one form, 200 steps of 8 rows. Then it is scaled: 0 is off, 1 is as trained. Two
+Each adapter is trained for one form, 200 steps of 8 rows. Then it is scaled: 0 is off, 1 is trained. Two
 things can be scaled. *Values*: a prefix keeps its keys, and its values are multiplied. *Way*: every
 trained number moves along the straight line from where it started, text of the task, to where
 training brought it. Of a soft prompt only the way makes sense.
