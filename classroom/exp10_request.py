@@ -13,11 +13,13 @@ weights and texts of its own.
 """
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from common import Experiment, colour, interleaved, machine, spread
+from torch import Tensor
 
 from command.console import run_command
 from llama import Llama, LlamaConfig
@@ -36,8 +38,8 @@ FIRST = ["none", "prefix", "soft prompt", "soft prompt, cold", "text"]
 NEXT = ["none", "prefix", "soft prompt", "text"]
 
 
-def quartiles(model: Decoder, lengths: list[int], turns: int, seed: int) -> dict[str, list[float]]:
-    """-> of each kind of request the quartiles of its milliseconds."""
+def requests(model: Decoder, lengths: list[int], seed: int) -> dict[str, Callable[[], Tensor]]:
+    """-> each kind of request, as a function that reads it and gives the next token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (1, TEXT + max(lengths)), generator=generator)
     ids = ids.to(model.device)
@@ -58,11 +60,7 @@ def quartiles(model: Decoder, lengths: list[int], turns: int, seed: int) -> dict
         for name in NEXT[1:]:  # the same work three times: what they differ by is noise
             past_kv = model(text, kept)[1]
             functions[f"{name} {P}, next"] = partial(reading, one, past_kv=past_kv)
-    times = interleaved(functions, turns)
-    return {
-        name: [round(1000 * value, 2) for value in statistics.quantiles(seconds, n=4)]
-        for name, seconds in times.items()
-    }
+    return functions
 
 
 def own_flags(add: Any) -> None:
@@ -81,7 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         model = experiment.load()[1] if quick else MODELS[model_name]().to(experiment.device)
         where = {"machine": machine(experiment.device)}
         where["kernels"] = torch.backends.cpu.get_cpu_capability()
-        return where | quartiles(model.requires_grad_(False), lengths, 2 if quick else TURNS, seed)
+        functions = requests(model.requires_grad_(False), lengths, seed)
+        times = interleaved(functions, 2 if quick else TURNS)
+        return where | {
+            what: [round(1000 * value, 2) for value in statistics.quantiles(seconds, n=4)]
+            for what, seconds in times.items()
+        }
 
     for seed in experiment.seeds:
         for name in experiment.grid(experiment.args.models):

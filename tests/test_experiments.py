@@ -11,6 +11,9 @@ from pathlib import Path
 import common
 import compare
 import exp1_demand
+import exp8_switch
+import exp9_dial
+import exp10_request
 import exp5_distillation
 import exp6_outside
 import pytest
@@ -22,6 +25,8 @@ from data import Row
 from llama import frequencies, rotate
 from model import causal_mask
 from prefix import Prefix
+from small_base.world import DOCUMENTS
+from soft_prompt import SoftPrompt
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +166,64 @@ def test_each_head_of_queries_has_a_matrix_of_its_own():
     phi = torch.where(q > 0, q + 1, q.exp())  # (B, H, T, D)
     added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[1]).flatten(2)
     torch.testing.assert_close(read[1] - read[0], added)
+
+
+@pytest.mark.parametrize("N", exp8_switch.COUNTS)
+def test_a_code_word_decides_the_form(N):
+    """Each word has one form in training and test, each form one word; only the seed says which."""
+    forms = exp8_switch.KNOWN[: N // 2] + exp8_switch.FOREIGN[: N // 2]
+    codes = []
+    for seed in (0, 1):
+        seen = set()
+        for split in ("train", "test"):
+            examples = exp8_switch.examples_of(N, split, 4 * N, seed)
+            assert len({example.input.split()[1] for example in examples}) == N
+            for i, example in enumerate(examples):
+                seen.add((example.input.split()[1], forms[i % N], example.target.split()[0]))
+        words, names, _ = zip(*seen)
+        assert len(set(zip(words, names))) == len(set(words)) == len(set(names)) == N
+        codes.append(dict(zip(words, names)))
+    assert codes[0] != codes[1] and set(exp8_switch.WORDS) >= set(codes[0])
+    documents = DOCUMENTS["review"]
+    assert set(exp8_switch.KNOWN) == set(documents) and not set(exp8_switch.FOREIGN) & set(documents)
+
+
+def test_a_dial_at_one_is_the_adapter_and_at_zero_its_start():
+    """Along the way; with its values at zero, a prefix keeps its keys."""
+    model, scaled = random_model(), exp9_dial.scaled
+    for kind in (Prefix, SoftPrompt):
+        start, trained = (kind.text(model, random_ids(5, seed=seed)) for seed in (0, 1))
+        ends = [scaled(trained, start, "way", scale) for scale in (0, 1, 0.5)]
+        (begin,), (end,) = start.parameters(), trained.parameters()
+        for some, expected in zip(ends, (begin, end, (begin + end) / 2)):
+            torch.testing.assert_close(next(some.parameters()), expected)
+    prefix = Prefix.text(model, random_ids(5))
+    torch.testing.assert_close(scaled(prefix, prefix, "values", 1).start, prefix.start)
+    without = scaled(prefix, prefix, "values", 0).start
+    assert torch.equal(without[:, :, 0], prefix.start[:, :, 0]) and not without[:, :, 1].any()
+
+
+def test_a_share_is_the_probability_of_the_first_token():
+    """Its mean over the rows, in percent, as so many sampled answers would begin."""
+    model, rows = random_model(), [Row([1, 2, 3], [4, 5]), Row([6], [7, 8])]
+    prefix = Prefix.text(model, random_ids(5))
+    chances = [
+        model(torch.tensor([row.source]), prefix.past_kv(model))[0][0, -1].softmax(-1)[row.target[0]]
+        for row in rows
+    ]
+    assert exp9_dial.share(model, [prefix], rows) == pytest.approx(50 * float(sum(chances)))
+    shares = [10, 30, 25, 60, 90, 5, 5]
+    assert exp9_dial.steps_of(shares) == [20, -5, 35, 30]
+
+
+def test_requests_that_are_compared_have_one_answer(monkeypatch):
+    """A prefix, a soft prompt and the text that they were made of give the same next token."""
+    model = random_model()
+    monkeypatch.setattr(exp10_request, "TEXT", 9)
+    answers = {what: request() for what, request in exp10_request.requests(model, [7], 0).items()}
+    first = [ids[0, -1] for what, ids in answers.items() if what.endswith("7, first")]
+    assert len(first) == len(exp10_request.FIRST) - 1 and len(set(map(int, first))) == 1
+    assert all(len(ids) == 1 for ids in answers.values()) and len(answers) == 2 + 4 + 3
 
 
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
