@@ -106,19 +106,23 @@ def main(argv: list[str] | None = None) -> None:
             rows.append([*kind, str(P), *(spread(cell(kind, what), 0) for what in whats)])
 
     def draw(axes: Any) -> None:
-        kind = sorted(kinds)[0]
-        for axis, which in zip(axes[0], ("first", "next")):
-            for i, name in enumerate(["none", "prefix", "soft prompt", "text"]):
-                whats = [name if name == "none" else f"{name} {P}" for P in lengths]
-                heights = [statistics.median(cell(kind, f"{what}, {which}")) for what in whats]
-                places = [place + 0.2 * i for place in range(len(lengths))]
-                axis.bar(places, heights, 0.2, label=name, color=colour(name))
-            axis.set_xticks([place + 0.3 for place in range(len(lengths))], lengths, fontsize=13)
-            axis.set_title(f"ms to the {which} token", fontsize=14)
-            axis.tick_params(labelsize=13)
+        """The longest past alone: five bars say it."""
+        P, axis, kind = max(lengths), axes[0][0], min(kinds)
+        words = dict(zip(FIRST, FIRST)) | {"none": "nothing", "text": "as much text"}
+        words |= {"soft prompt, cold": "soft prompt,\nfirst request"}
+        whats = ["none, first", *(f"{name} {P}, first" for name in FIRST[1:])]
+        heights = [statistics.mean(cell(kind, what)) for what in whats]
+        colours = ["0.6" if name in ("none", "text") else colour(name) for name in FIRST]
+        bars = axis.barh([words[name] for name in FIRST], heights, color=colours)
+        axis.bar_label(bars, [f"{height:.0f}" for height in heights], padding=4, fontsize=13)
+        axis.tick_params(labelsize=13)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.figure.suptitle(f"{kind[0]}: ms to the first token behind {P} of …", fontsize=14)
+        axis.spines[["top", "right"]].set_visible(False)
 
     header = ["model", "name", "P", *(f"first: {name}" for name in FIRST)]
-    experiment.report(header + [f"next: {name}" for name in NEXT], rows, draw, 2)
+    experiment.report(header + [f"next: {name}" for name in NEXT], rows, draw, 1)
 
 
 if __name__ == "__main__":

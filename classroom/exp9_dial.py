@@ -1,11 +1,11 @@
 """9. Can the strength of an adapter be turned like a dial?
 
-    python classroom/exp9_dial.py                         some ten minutes of one core
+    python classroom/exp9_dial.py                         some five minutes of one core
 
-Each adapter is trained for one form, 100 steps of 8 rows. Then it is scaled: 0 is off, 1 is trained. Two
-things can be scaled. *Values*: a prefix keeps its keys, and its values are multiplied. *Way*: every
-trained number moves along the straight line from where it started, text of the task, to where
-training brought it. Of a soft prompt only the way makes sense.
+Each adapter is trained for one form, 100 steps of 8 rows. Then it is scaled: 0 is off, 1 is as
+trained. Two things can be scaled. *Values*: a prefix keeps its keys, and its values are multiplied.
+*Way*: all numbers move on the straight line from where they started, a text of the task, to where
+training brought them. Of a soft prompt only the way makes sense.
 
 The share is the probability that an answer begins in the wanted form: of so many sampled answers
 each would. *Steps up* is the largest change between neighbouring scales, from 0 to 1: a coarse dial

@@ -211,7 +211,7 @@ def test_a_share_is_the_probability_of_the_first_token():
         model(torch.tensor([row.source]), prefix.past_kv(model))[0][0, -1].softmax(-1)[row.target[0]]
         for row in rows
     ]
-    assert exp9_dial.share(model, [prefix], rows) == pytest.approx(50 * float(sum(chances)))
+    assert exp9_dial.share(model, [prefix], rows) == pytest.approx(50 * sum(chances).item())
     shares = [10, 30, 25, 60, 90, 5, 5]
     assert exp9_dial.steps_of(shares) == [20, -5, 35, 30]
 
