@@ -1,15 +1,12 @@
 """10. What does an adapter cost at a request?
 
-    python classroom/exp10_request.py --name mine         six minutes, two threads
+    python classroom/exp10_request.py --name mine         some seven minutes of two threads
 
-A request is a text of 50 tokens. Before it stand P virtual tokens, or as many tokens of text that
-say what to do, or nothing. Measured are the time to the first new token, and a token after that.
-A soft prompt's cache is filled once and kept; *cold* is the request that fills it. The text is read
-anew at each request; kept as a cache, it would be a soft prompt. The models have the sizes of real
-ones and random weights, for sizes alone decide the time. Nothing else should run meanwhile.
-
-All take turns. A run's number is the median of its turns; the quartiles are stored. Each run has
-weights and texts of its own.
+A request is a text of 50 tokens behind P virtual tokens, P tokens of instructions, or nothing. How
+long to the first new token, and to one after it? A soft prompt's cache is filled once and kept;
+*cold* is the request that fills it. Instructions are read anew each time; kept as a cache, they are
+a soft prompt. The models have real sizes and random weights: the sizes alone decide. All take
+turns. A run gives the median of its turns, and its quartiles are stored. Let nothing else run.
 """
 
 import statistics
@@ -27,11 +24,10 @@ from model import GPT, Decoder, GPTConfig
 from prefix import Prefix
 from soft_prompt import SoftPrompt
 
+SMOLLM2 = LlamaConfig(49152, 8192, 30, 9, 3, 576, 1536, 64, rope_theta=1e5, rms_norm_eps=1e-5)
 MODELS = {
-    "GPT-2 small": partial(GPT, GPTConfig(50257, 1024, 12, 12, 768)),
-    "SmolLM2-135M": partial(
-        Llama, LlamaConfig(49152, 8192, 30, 9, 3, 576, 1536, 64, rope_theta=1e5, rms_norm_eps=1e-5)
-    ),
+    "GPT-2 small": lambda: GPT(GPTConfig(50257, 1024, 12, 12, 768)),
+    "SmolLM2-135M": lambda: Llama(SMOLLM2),
 }
 TEXT, LENGTHS, TURNS = 50, [10, 100, 500], 7
 FIRST = ["none", "prefix", "soft prompt", "soft prompt, cold", "text"]
@@ -43,83 +39,71 @@ def requests(model: Decoder, lengths: list[int], seed: int) -> dict[str, Callabl
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (1, TEXT + max(lengths)), generator=generator)
     ids = ids.to(model.device)
-    text, one = ids[:, :TEXT], ids[:, :1]
-    reading = partial(model.generate, max_new_tokens=1)  # reads, and gives the next token
-    functions = {"none, first": partial(reading, text)}
-    functions["none, next"] = partial(reading, one, past_kv=model(text)[1])
+    text, one, read = ids[:, :TEXT], ids[:, :1], partial(model.generate, max_new_tokens=1)
+    functions = {"none, first": partial(read, text)}
+    functions["none, next"] = partial(read, one, past_kv=model(text)[1])
     for P in lengths:
         said = ids[:, TEXT : TEXT + P]
-        prefix, prompt = Prefix.text(model, said[0]), SoftPrompt.text(model, said[0])
-        for name, adapter in (("prefix", prefix), ("soft prompt, cold", prompt)):
-            adapter.requires_grad_(False)
-            whole = lambda some=adapter: reading(text, past_kv=some.past_kv(model))  # noqa: E731
+        kinds = {"prefix": Prefix, "soft prompt, cold": SoftPrompt}
+        for name, kind in kinds.items():
+            past_kv = kind.text(model, said[0]).requires_grad_(False).past_kv
+            whole = lambda past_kv=past_kv: read(text, past_kv=past_kv(model))  # noqa: E731
             functions[f"{name} {P}, first"] = whole
-        kept = prompt.past_kv(model)
-        functions[f"soft prompt {P}, first"] = partial(reading, text, past_kv=kept)
-        functions[f"text {P}, first"] = partial(reading, torch.cat([said, text], dim=1))
+        kept = past_kv(model)
+        functions[f"soft prompt {P}, first"] = partial(read, text, past_kv=kept)
+        functions[f"text {P}, first"] = partial(read, torch.cat([said, text], dim=1))
         for name in NEXT[1:]:  # the same work three times: what they differ by is noise
-            past_kv = model(text, kept)[1]
-            functions[f"{name} {P}, next"] = partial(reading, one, past_kv=past_kv)
+            functions[f"{name} {P}, next"] = partial(read, one, past_kv=model(text, kept)[1])
     return functions
 
 
-def own_flags(add: Any) -> None:
-    add("--name", default="here", help="what to call this processor (default: here)")
-    every = list(MODELS)
-    add("--models", nargs="+", choices=every, default=every, help="(default: both)")
-
-
 def main(argv: list[str] | None = None) -> None:
+    own_flags = lambda add: add("--name", default="here", help="of this processor")  # noqa: E731
     experiment = Experiment(__file__, __doc__, argv, own_flags)
-    quick, kinds = experiment.args.quick, {}
-    lengths = [4, 5] if quick else LENGTHS
+    quick = experiment.args.quick
+    lengths, turns = ([4, 5], 2) if quick else (LENGTHS, TURNS)
 
-    def measure(model_name: str, seed: int) -> dict[str, Any]:
+    def measure(name: str, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
-        model = experiment.load()[1] if quick else MODELS[model_name]().to(experiment.device)
-        where = {"machine": machine(experiment.device)}
-        where["kernels"] = torch.backends.cpu.get_cpu_capability()
+        model = experiment.load()[1] if quick else MODELS[name]().to(experiment.device)
         functions = requests(model.requires_grad_(False), lengths, seed)
-        times = interleaved(functions, 2 if quick else TURNS)
-        return where | {
+        times = interleaved(functions, turns)
+        kernels = torch.backends.cpu.get_cpu_capability()
+        return {"machine": machine(experiment.device), "kernels": kernels} | {
             what: [round(1000 * value, 2) for value in statistics.quantiles(seconds, n=4)]
             for what, seconds in times.items()
         }
 
     for seed in experiment.seeds:
-        for name in experiment.grid(experiment.args.models):
+        for name in experiment.grid(list(MODELS)):
             settings = {"model": name, "name": experiment.args.name, "seed": seed}
             experiment.once(settings, partial(measure, name, seed))
-    for run in experiment.runs:
-        kinds.setdefault((run["model"], run["name"]), []).append(run)
+    kinds = sorted({(run["model"], run["name"]) for run in experiment.runs})  # measured elsewhere
 
-    def cell(kind: tuple[str, str], what: str) -> list[float]:
-        """-> the median of each run."""
-        return [run[what][1] for run in kinds[kind]]
+    def cells(kind: tuple[str, str], P: int, names: list[str], which: str) -> list[list[float]]:
+        """-> of each name the medians of the runs."""
+        runs = [run for run in experiment.runs if (run["model"], run["name"]) == kind]
+        whats = [f"{name} {P}, {which}".replace(f"none {P}", "none") for name in names]
+        return [[run[what][1] for run in runs] for what in whats]
 
     rows = []
-    for kind in sorted(kinds):
+    for kind in kinds:
         for P in lengths:
-            whats = [f"{name} {P}, first" for name in FIRST]
-            whats += [f"{name} {P}, next" for name in NEXT]
-            whats = [what.replace(f"none {P}", "none") for what in whats]
-            rows.append([*kind, str(P), *(spread(cell(kind, what), 0) for what in whats)])
+            times = cells(kind, P, FIRST, "first") + cells(kind, P, NEXT, "next")
+            rows.append([*kind, str(P), *(spread(some, 0) for some in times)])
 
     def draw(axes: Any) -> None:
-        """The longest past alone: five bars say it."""
-        P, axis, kind = max(lengths), axes[0][0], min(kinds)
-        words = dict(zip(FIRST, FIRST)) | {"none": "nothing", "text": "as much text"}
-        words |= {"soft prompt, cold": "soft prompt,\nfirst request"}
-        whats = ["none, first", *(f"{name} {P}, first" for name in FIRST[1:])]
-        heights = [statistics.mean(cell(kind, what)) for what in whats]
-        colours = ["0.6" if name in ("none", "text") else colour(name) for name in FIRST]
-        bars = axis.barh([words[name] for name in FIRST], heights, color=colours)
+        """Five bars say it, those of the longest past on one machine."""
+        axis, P, words = axes[0][0], lengths[-1], ["nothing", "prefix", "soft prompt"]
+        words += ["soft prompt,\nfirst request", "as much text"]
+        heights = list(map(statistics.mean, cells(kinds[0], P, FIRST, "first")))
+        bars = axis.barh(words, heights, color=["0.6", *map(colour, FIRST[1:4]), "0.6"])
         axis.bar_label(bars, [f"{height:.0f}" for height in heights], padding=4, fontsize=13)
         axis.tick_params(labelsize=13)
         axis.invert_yaxis()
         axis.margins(x=0.15)
-        axis.figure.suptitle(f"{kind[0]}: ms to the first token behind {P} of …", fontsize=14)
-        axis.spines[["top", "right"]].set_visible(False)
+        title = f"{kinds[0][0]}: ms to the first token behind {P} of …"
+        axis.figure.suptitle(title, fontsize=14)
 
     header = ["model", "name", "P", *(f"first: {name}" for name in FIRST)]
     experiment.report(header + [f"next: {name}" for name in NEXT], rows, draw, 1)
