@@ -22,7 +22,7 @@ from torch import nn
 
 from command.console import run_command
 from command.models import load_examples
-from data import Row
+from data import Row, batch_of
 from model import Decoder, stacked_past_kv
 from prefix import Prefix
 from train import evaluate
@@ -45,11 +45,11 @@ def scaled(adapter: nn.Module, start: nn.Module, what: str, scale: float) -> nn.
 @torch.no_grad()
 def share(model: Decoder, adapters: list[nn.Module], rows: list[Row]) -> float:
     """-> the probability of the target's first token, in percent: each form has its own."""
-    past_kv, shares = stacked_past_kv(adapters, model), []
-    for row in rows:
-        logits, _ = model(torch.tensor([row.source], device=model.device), past_kv)
-        shares.append(logits[0, -1].softmax(dim=-1)[row.target[0]].item())
-    return 100 * statistics.mean(shares)
+    batch, past_kv = batch_of(rows, model.device), stacked_past_kv(adapters, model)
+    hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)  # (B, T, C)
+    ends = [len(row.source) - 1 for row in rows]
+    chances = (hidden[range(len(rows)), ends] @ model.head.T).softmax(dim=-1)  # (B, V)
+    return 100 * chances[range(len(rows)), [row.target[0] for row in rows]].mean().item()
 
 
 def steps_of(shares: list[float]) -> list[float]:
