@@ -12,7 +12,6 @@ in the wrong direction. The learning rate of a cell has the lowest loss on a fou
 
 import copy
 import itertools
-import statistics
 from typing import Any
 
 import torch
@@ -90,14 +89,14 @@ def main(argv: list[str] | None = None) -> None:
             for what in [key for key in ("values", "way") if key in runs[0]]:
                 cells[task, f"{label(*pair)}, {what}", what] = runs
     for (task, name, what), runs in cells.items():
-        parts = [
-            [spread(column, digits) for column in zip(*(some[key] for some in runs))]
-            for key, digits in ((what, 0), (f"exact by {what}", 0), (f"loss by {what}", 2))
-        ]
+        for kind, digits in (("share %", 0), ("exact %", 0), ("loss", 2)):
+            key = what if kind == "share %" else f"{kind.split()[0]} by {what}"
+            columns = zip(*(some[key] for some in runs))
+            rows.append([task, name, kind, *(spread(column, digits) for column in columns)])
         changes = [steps_of(some[what]) for some in runs]
-        ends = [spread([max(some) for some in changes], 0)]
+        ends = [spread(list(map(max, changes)), 0)]
         ends.append(spread([max(0, -min(some)) for some in changes], 1))
-        rows.append([task, name, *map(" / ".join, zip(*parts)), *ends])
+        rows[-3:] = [row + some for row, some in zip(rows[-3:], (ends, ["–"] * 2, ["–"] * 2))]
 
     def draw(axes: Any) -> None:
         for (task, name, what), runs in cells.items():
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         axes[0][0].set_title(f"{task}: % of answers in the wanted form, by scale", fontsize=13)
         axes[0][0].tick_params(labelsize=13)
 
-    header = ["task", "what is scaled", *(f"× {scale:g}" for scale in SCALES)]
+    header = ["task", "what is scaled", "", *(f"× {scale:g}" for scale in SCALES)]
     experiment.report([*header, "steps up", "falls"], rows, draw, 1)
 
 
