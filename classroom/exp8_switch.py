@@ -47,7 +47,7 @@ class Switches(Grid):
 
     def __init__(self, experiment: Experiment):
         self.experiment, self.sizes = experiment, experiment.grid(SIZES)
-        self.demands = experiment.grid([f"{N}-forms" for N in COUNTS])
+        self.demands = experiment.grid([f"{N}-forms" for N in experiment.args.forms])
 
     def run(
         self, demand: str, method: str, size: int, seed: int, lr: float, most: int = STEPS
@@ -76,8 +76,13 @@ class Switches(Grid):
         return experiment.once(settings | {"most": most}, measure)
 
 
+def own_flags(add: Any) -> None:
+    help_text = "columns to measure and report (default: 2 4 8)"
+    add("--forms", nargs="+", type=int, choices=COUNTS, default=COUNTS, help=help_text)
+
+
 def main(argv: list[str] | None = None) -> None:
-    experiment = Experiment(__file__, __doc__, argv)
+    experiment = Experiment(__file__, __doc__, argv, own_flags)
     grid, cells = Switches(experiment), {}
     for demand in grid.demands:  # the easy ones first
         for pair in grid.sizes:
