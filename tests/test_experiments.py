@@ -323,6 +323,41 @@ def test_every_number_of_the_prose_is_in_a_stored_table():
         assert not missing, f"{name}: {missing} in {text}"
 
 
+def dials() -> list[tuple[dict, dict]]:
+    """-> the reported runs of a prefix and a soft prompt, in pairs of one task and base."""
+    runs = json.loads((common.RESULTS / "exp9_dial.json").read_text(encoding="utf-8"))["runs"]
+    runs = {(run["method"], run["task"], run["seed"]): run for run in runs if "way" in run}
+    return [(run, runs["soft_prompt", *rest]) for (method, *rest), run in runs.items() if method == "prefix"]
+
+
+def test_what_is_said_of_dials_holds_in_each_pair():
+    """Neither falls, a quarter does nearly all, the prefix's way is gentler and breaks sooner."""
+    step = lambda shares: max(exp9_dial.steps_of(shares))  # noqa: E731
+    assert len(dials()) == 6
+    for prefix, prompt in dials():
+        ways = (prefix["way"], prefix["values"], prompt["way"])
+        assert all(min(exp9_dial.steps_of(shares)) > -0.15 for shares in ways)
+        assert step(prefix["way"]) < step(prompt["way"])
+        assert prefix["exact by values"][-1] == prompt["exact by way"][-1] == 100
+        assert prefix["values"][1] > 90 and prompt["way"][1] > 85 and prefix["way"][-1] > 99
+    assert sum(prefix["exact by way"][-1] < 100 for prefix, _ in dials()) == 5
+    assert not all(step(prefix["values"]) < step(prompt["way"]) for prefix, prompt in dials())
+
+
+def test_what_is_said_of_requests_holds_in_each_run():
+    """At GPT-2's sizes: behind 500, text costs five times or more, adapters less than one and a half."""
+    runs = json.loads((common.RESULTS / "exp10_request.json").read_text(encoding="utf-8"))["runs"]
+    runs = [run for run in runs if run["model"] == "GPT-2 small"]
+    assert len(runs) == 5
+    for run in runs:
+        none, *others = (run[what][1] for what in ["none, first", *(f"{name} 500, first" for name in exp10_request.FIRST[1:])])
+        prefix, prompt, cold, text = (other / none for other in others)
+        assert 1.1 < prefix < 1.5 and 1.1 < prompt < 1.5 and text > 5 and cold > 5
+        assert abs(cold / text - 1) < 0.15
+    behind_10 = [run[f"{name} 10, first"][1] / run["none, first"][1] for run in runs for name in ("prefix", "soft prompt")]
+    assert min(behind_10) < 1 < max(behind_10)  # some are quicker than with nothing
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if (common.RESULTS / f"{name}.json").exists()])
 def test_the_readme_shows_each_experiment(name):
     """Its question and its figure; and the full results lie beside."""
