@@ -90,8 +90,14 @@ def main(argv: list[str] | None = None) -> None:
             words = f"{spread([run['test'] for run in runs], 1)} %, steps "
             words += ", ".join(map(steps_in_words, runs))  # by base, so that pairs can be compared
             cells.setdefault(pair, [label(*pair), f"{runs[0]['trained']:,}"]).append(words)
+
+    def draw(axes: Any) -> None:
+        draw_grid(grid, axes[0][0])
+        axes[0][0].set_title("")
+        axes[0][0].figure.suptitle("runs that can switch, after how many steps", fontsize=14)
+
     header = ["method", "numbers", *(demand.replace("-", " ") for demand in grid.demands)]
-    experiment.report(header, list(cells.values()), lambda axes: draw_grid(grid, axes[0][0]), 2)
+    experiment.report(header, list(cells.values()), draw, 1)
 
 
 if __name__ == "__main__":
