@@ -24,9 +24,10 @@ from torch import Tensor, nn  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from command.console import say  # noqa: E402
+from command.examples import check_lengths, load_examples  # noqa: E402
 from command.flags import DEFAULT_BASE, Recipe  # noqa: E402
 from command.flags import RECIPES as TUNED  # noqa: E402
-from command.models import KINDS, load_examples, new_adapters  # noqa: E402
+from command.models import ADAPTERS_OF, new_adapters  # noqa: E402
 from command.process import pick_device, start_process  # noqa: E402
 from llama import Llama  # noqa: E402
 from lora import add_lora  # noqa: E402
@@ -334,11 +335,11 @@ class Experiment:
         steps = self.steps(steps or STEPS)
         if method == "lora":
             add_lora(model, rank=P, seed=seed)
-        kinds = KINDS.get(method, [])
+        kinds = ADAPTERS_OF.get(method, [])
         adapters = new_adapters(kinds, model, tokenizer, rows["train"], P, "text", seed=seed)
         block_size = model.config.block_size
         for split in rows:
-            data.check_lengths(examples[split], rows[split], block_size, len(adapters) * P)
+            check_lengths(examples[split], rows[split], block_size, len(adapters) * P)
         plan = train.Plan(steps, lr or recipe.lr, batch_size, seed, max(1, steps // looks))
         return Run(model, adapters, rows, plan)
 

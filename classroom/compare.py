@@ -23,7 +23,7 @@ from common import kept_for_backward, looks_of, markdown, n_trainable, spread
 from torch import nn
 
 from command.console import run_command, say
-from command.models import load_examples
+from command.examples import load_examples
 from data import Batch, batch_of
 from model import Decoder, past_length, stacked_past_kv
 from small_base.world import TASKS

@@ -32,8 +32,9 @@ from torch import nn
 
 from command.answers import CUT, answers
 from command.console import run_command, say
-from command.models import KINDS, new_adapters
-from data import Example, Row, batch_of, encode, read_jsonl, source_ids
+from command.examples import read_jsonl
+from command.models import ADAPTERS_OF, new_adapters
+from data import Example, Row, batch_of, encode, source_ids
 from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from storage.base import fingerprint, load_base
@@ -190,7 +191,7 @@ class E2E:
         if init == "other text":
             init, n = "text", len(shown)
         adapters = []
-        for kind, P in zip(KINDS.get(cell.method, []), (n, BEHIND)):
+        for kind, P in zip(ADAPTERS_OF.get(cell.method, []), (n, BEHIND)):
             start = (P, init, TASK_TEXT, seed, cell.mid_dim)
             adapters += new_adapters([kind], model, self.tokenizer, rows["train"], *start)
         return Run(model, adapters, rows, plan)

@@ -21,7 +21,7 @@ from common import looks_of, n_trainable, spread
 from torch import Tensor, nn
 
 from command.console import run_command
-from command.models import load_examples
+from command.examples import load_examples
 from model import Decoder, KVCache, attend
 from train import evaluate
 

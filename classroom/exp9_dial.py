@@ -20,7 +20,7 @@ from exp1_demand import MIDDLES, label
 from torch import nn
 
 from command.console import run_command
-from command.models import load_examples
+from command.examples import load_examples
 from data import Row, batch_of
 from model import Decoder, stacked_past_kv
 from prefix import Prefix

@@ -1,10 +1,10 @@
-"""What did training make of an adapter? Who looks at whom, what comes next, its rank, its price.
+"""What does a trained adapter do? Who looks at it, what comes next, and what it costs elsewhere.
 
     python classroom/inspect_adapter.py out/sentence/prefix       on test data of --task sentence
     python classroom/inspect_adapter.py out/mine/prefix --data mine.jsonl
 
-With matplotlib, it draws the attention token by token beside the adapter: a picture a layer, a
-panel a head.
+With matplotlib, it also draws the attention of each layer, token by token, with a panel for each
+head. The pictures lie beside the adapter.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from common import attention, markdown
 from torch import Tensor
 
 from command.console import run_command, say
+from command.examples import check_lengths, load_examples
 from command.flags import DEFAULT_BASE
-from command.models import load_adapters, load_examples, open_base, trained_on
+from command.models import load_adapters, open_base, trained_on
 from command.process import start_process
-from data import Row, check_lengths, encode
+from data import Row, encode
 from model import Decoder, KVCache, past_length, stacked_past_kv
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt
@@ -49,7 +50,7 @@ def likeliest(
 def nearest_tokens(vectors: Tensor, embeddings: Tensor, k: int) -> Tensor:
     """(P, C) vectors, (V, C) embeddings -> (P, k) ids of the most alike by cosine, best first.
 
-    A reading aid only. Trained vectors may lie far from every word (Lester et al. §7).
+    Only a hint: trained vectors may lie far from every word (Lester et al. §7).
     """
     x, words = (F.normalize(tensor.float(), dim=-1) for tensor in (vectors, embeddings))
     return (x @ words.T).topk(k, dim=-1).indices
@@ -67,33 +68,37 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def draw(
-    path: Path, title: str, weights: Tensor, P: int, asking: list[str], asked: list[str]
+    path: Path, layer: int, heads: dict[int, Tensor], P: int, asking: list[str], asked: list[str]
 ) -> None:
-    """(H, rows, S) attention -> a picture, a panel a head. A gap parts virtual tokens and text."""
+    """Heads by number, (rows, S) attention each -> a picture with a panel for each of them.
+
+    A gap separates the virtual tokens from the text.
+    """
     from matplotlib import colors, pyplot
 
-    columns = math.ceil(len(weights) ** 0.5)
-    lines = math.ceil(len(weights) / columns)
+    columns = math.ceil(len(heads) ** 0.5)
+    lines = math.ceil(len(heads) / columns)
     width = columns * (0.13 * len(asked) + 0.6) + 2  # inches: each label has room
     height = lines * (0.17 * len(asking) + 0.5) + 1.9
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(width, height), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    gap = torch.full_like(weights[:, :, :1], torch.nan)
-    images = 100 * torch.cat([weights[..., :P], gap, weights[..., P:]], dim=-1)
+    gap = torch.full((len(asking), 1), torch.nan)
     scale = colors.PowerNorm(0.5, vmin=0, vmax=100)
     labels = [*asked[:P], "", *asked[P:]]
-    for head, (axis, image) in enumerate(zip(axes.flat, images), 1):
+    for axis, (head, weights) in zip(axes.flat, heads.items()):
+        image = 100 * torch.cat([weights[:, :P], gap, weights[:, P:]], dim=-1)
         drawn = axis.imshow(image.tolist(), norm=scale, cmap="Blues", aspect="auto")
         share = image[:, :P].sum(dim=-1).mean()
         axis.set(title=f"head {head}: {share:.0f} % to the virtual tokens", facecolor="0.6")
         axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
         axis.set_yticks(range(len(asking)), asking, fontsize=8)
-    for axis in axes.flat[len(images) :]:
+    for axis in axes.flat[len(heads) :]:
         axis.set_axis_off()
-    figure.suptitle(f"{title}: where each token that predicts the answer (row) looks (column)")
-    figure.supxlabel(f"v1 … v{P}: virtual tokens; then the text")
+    title = "where each token that predicts the answer (row) looks (column)"
+    figure.suptitle(f"Layer {layer}: {title}")
+    figure.supxlabel(f"v1 … v{P}: the virtual tokens. Behind them, the text")
     figure.colorbar(drawn, ax=axes, label="% of the row's attention")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -102,7 +107,7 @@ def draw(
 @torch.no_grad()
 def inspect(
     directory: str, base: str | None, device: str | None, task: str, data: str | None,
-    val_data: str | None,
+    val_data: str | None, head: list[int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prints and draws what there is to see of an adapter -> the same as numbers."""
     start_process()
@@ -119,7 +124,10 @@ def inspect(
 
     share = virtual_share(model, rows, past_kv)
     numbers: dict[str, Any] = {"share": share.tolist(), "effective_rank": [], "losses": {}}
-    say(f"Attention that the text of {task} pays to the {P} virtual tokens, percent:\n")
+    if head and not all(0 < number <= most for number, most in zip(head, share.shape)):
+        there = "there are {} layers of {} heads".format(*share.shape)
+        raise ValueError("--head {} {}: {}".format(*head, there))
+    say(f"The share of attention that {task} texts give to the {P} virtual tokens, percent:\n")
     header = ["layer", *(f"head {h}" for h in range(1, share.size(1) + 1))]
     lines = [[f"{100 * s:.1f}" for s in heads] for heads in share]
     say(markdown(header, [[str(layer), *line] for layer, line in enumerate(lines, 1)]))
@@ -130,7 +138,7 @@ def inspect(
 
     row = min(rows, key=lambda row: len(row.source) + len(row.target))
     numbers["next"] = [likeliest(model, row.source, past) for past in (None, past_kv)]
-    say(f"The likeliest next tokens behind {tokenizer.decode(row.source)!r}:\n")
+    say(f"The likeliest next tokens after {tokenizer.decode(row.source)!r}:\n")
     pairs = zip(*numbers["next"])
     lines = [[f"`{shown(token)}` {100 * p:.1f} %" for token, p in pair] for pair in pairs]
     say(markdown(["adapter off", "adapter on"], lines))
@@ -149,7 +157,7 @@ def inspect(
                 words = " ".join(repr(shown(token)) for token in ids)
                 say(f"vector {i} is nearest to {words}")
 
-    say("\nLoss on other texts, nats per token. Off, the base is what it was.\n")
+    say("\nLoss on each task, in nats a token. With the adapter off, the base is unchanged.\n")
     for other in TASKS:
         examples = task_examples(other, "test", 50, 0)
         others = encode(tokenizer, examples, template)
@@ -164,11 +172,15 @@ def inspect(
     weights = attention(model, torch.tensor([read], device=model.device), past_kv)
     weights = weights[:, 0, :, first:].float().cpu()  # (L, H, rows that predict the answer, S)
     labels = [f"v{i}" for i in range(1, P + 1)] + [shown(i).strip() for i in read]
+    pictures = {f"layer{i}": (i, dict(enumerate(heads, 1))) for i, heads in enumerate(weights, 1)}
+    if head:
+        layer, number = head
+        pictures = {f"layer{layer}-head{number}": (layer, {number: weights[layer - 1, number - 1]})}
     folder = Path(directory).resolve()
     try:
-        for layer, heads in enumerate(weights, 1):
-            path = folder.with_name(f"{folder.name}-layer{layer}.png")
-            draw(path, f"Layer {layer}", heads, P, labels[P + first :], labels)
+        for name, (layer, heads) in pictures.items():
+            path = folder.with_name(f"{folder.name}-{name}.png")
+            draw(path, layer, heads, P, labels[P + first :], labels)
             say(f"picture: {path}")
     except ImportError:
         say("no pictures: pip install -r classroom/requirements.txt")
@@ -180,12 +192,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("directory", help="a trained adapter, or the folder of a stack")
     add = parser.add_argument
-    add("--base", help="where the base lies now (default: the one that the adapter names)")
+    add("--base", help="the base, if it has moved (default: what the adapter names)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    tasks = "whose test data it reads (default: sentence)"
+    tasks = "the task whose test data is read (default: sentence)"
     add("--task", choices=TASKS, default="sentence", help=tasks)
     add("--data", metavar="FILE", help="your own examples instead")
-    add("--val-data", metavar="FILE", help="and those to evaluate on (default: a tenth of --data)")
+    add("--val-data", metavar="FILE", help="your own to evaluate on (default: a tenth of --data)")
+    head = "draw this head alone, larger"
+    add("--head", nargs=2, type=int, metavar=("LAYER", "HEAD"), help=head)
     return inspect(**vars(parser.parse_args(argv)))
 
 

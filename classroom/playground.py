@@ -1,9 +1,9 @@
-"""A base and adapters in one HTML file to play with. It opens by a double click, without a network.
+"""A base and its adapters in one HTML file to play with. A double click opens it, even offline.
 
     python classroom/playground.py out/sentence/prefix out/sentiment/soft_prompt
     python classroom/playground.py out/mine/both --base out/mine/base --out mine.html
 
-playground.js is the page's model. Its numbers are float16, which moves logits by about 0.01.
+playground.js is the model of the page. Its numbers are float16, which moves logits by about 0.01.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from common import load_base, load_tokenizer
 from torch import Tensor
 
 from command.console import run_command, say
+from command.examples import read_jsonl
 from command.flags import DEFAULT_BASE
 from command.models import adapter_folders
-from data import read_jsonl
 from model import GPT
 from small_base.world import TASKS, task_examples
 from storage.adapters import load_adapter, stored_rows
@@ -86,9 +86,9 @@ def page_of(base: str | Path, directories: list[str], dtype: torch.dtype = torch
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A page to play with")
+    parser = argparse.ArgumentParser(description="Writes a page to play with")
     parser.add_argument("adapter", nargs="+", help="a trained adapter, or the folder of a stack")
-    parser.add_argument("--base", default=DEFAULT_BASE, help="theirs (default: out/base)")
+    parser.add_argument("--base", default=DEFAULT_BASE, help="their base (default: out/base)")
     parser.add_argument("--out", type=Path, default=Path("out/playground.html"))
     args = parser.parse_args(argv)
     replace_file(args.out, page_of(args.base, args.adapter).encode())

@@ -20,6 +20,7 @@ import train
 from command.answers import CUT, answers
 from command.console import before_torch, run_command
 from command.flags import generate_flags, train_flags
+from command.process import pick_device
 from data import Example, encode, source_ids
 from model import stacked_past_kv
 from prefix import Prefix
@@ -58,13 +59,8 @@ TRAIN = {  # flags of train.py: the sentence that it ends with
     "--init it --n-virtual 3": "--n-virtual with --init it: a trained adapter keeps its length",
     "--method full --mid-dim 4": "--mid-dim is for a prefix, and --method full has none",
     "--method full --film": "--film keeps adapters, and --method full has none",
-    "--adapter x": "--adapter is not train.py's any more: see python generate.py --help",
-    "--prompt=x": "--prompt is not train.py's any more: see python generate.py --help",
-    "--predict x": "--predict is not train.py's any more: see python generate.py --help",
-    "--export x": "--export is not train.py's any more: see python generate.py --help",
-    "--method none": "--method none is not train.py's any more: see python generate.py --help",
-    "--method=pretrain": "--method pretrain is not train.py's any more: see python -m small_base",
-    "--corpus x": "--corpus is not train.py's any more: see python -m small_base.pretrain --help",
+    "--method none": "--method: invalid choice: 'none'",
+    "--prompt x": "unrecognized arguments: --prompt x: see --help; train.py, generate.py and ",
 }
 GENERATE = {
     "": "give one of --data or --task (evaluate), --prompt (complete) and --export",
@@ -97,10 +93,6 @@ RUNS = {  # found behind the flags: files, the base, and what has to fit togethe
 def test_a_wrong_flag_gets_one_sentence(parse, flags, sentence):
     with pytest.raises(ValueError, match="^" + re.escape(sentence)):
         parse("", shlex.split(flags))
-
-
-def test_a_word_of_an_old_flag_may_be_a_value():
-    assert train_flags("", ["--init-text", "none"]).init_text == "none"
 
 
 @pytest.mark.parametrize("flags, sentence", RUNS.items())
@@ -396,6 +388,19 @@ def test_chat_gives_the_same_ids_in_training_and_use(base, tmp_path, monkeypatch
 
 
 # ----------------------------------------------------------------------------------- begin and end
+
+
+def test_the_device_is_the_best_there_is_or_the_one_asked_for(monkeypatch):
+    """torchrun's processes take a GPU each. One that is not there gets a sentence."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    devices = {None: "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
+    assert {name: str(pick_device(name)) for name in devices} == devices
+    with pytest.raises(ValueError, match="^--device cuda:2 is not .* has cuda:0, cuda:1, cpu$"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert str(pick_device(None)) == "cpu"
 
 
 def test_before_torch_threads_are_told_to_sleep_while_they_wait(monkeypatch):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import train
+from command.examples import read_jsonl
 from command.flags import RECIPES, generate_flags, train_flags
-from data import read_jsonl
 from model import past_length
 from prefix import Prefix
 from small_base.pretrain import pretrain
@@ -53,7 +53,7 @@ def one_line(page: str) -> str:
     return " ".join(page.split())
 
 
-# ------------------------------------------------------------------ short, and in plain sentences
+# -------------------------------------------------------------------- short, and in plain sentences
 
 
 def test_the_readme_is_short():
@@ -78,7 +78,7 @@ def test_nothing_on_a_page_is_left_to_do(name):
     assert "TODO" not in PAGES[name]
 
 
-# -------------------------------------------------------------------- what the pages name is there
+# --------------------------------------------------------------------- what the pages name is there
 
 
 @every_page
@@ -177,14 +177,14 @@ def test_messages_that_a_page_explains_are_ours():
     assert all(part in page and part in CODE for part in parts.split("|"))
 
 
-# ----------------------------------------------------------------------- what the pages show runs
+# ------------------------------------------------------------------------- what the pages show runs
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory) -> Path:
     """A folder with a base of four steps in out/base. It knows nothing, and need not."""
     folder = tmp_path_factory.mktemp("docs")
-    pretrain(folder / "out" / "base", steps=4)
+    pretrain(folder / "out" / "base", steps=4, batch_size=4)
     return folder
 
 
@@ -442,7 +442,7 @@ def test_words_that_compare_hold_for_each_pair_of_runs():
     assert ends["full fine-tuning"][1] < min(five[0], ten[0], ends[STACK][0])
 
 
-# ---------------------------------------------------------------------------------------- speed
+# -------------------------------------------------------------------------------------------- speed
 
 
 def test_the_page_shows_the_stored_benchmark():

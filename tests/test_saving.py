@@ -12,7 +12,8 @@ from conftest import files_in, forty, raising, run, write_jsonl
 
 import generate
 import train
-from command.models import load_adapters, load_examples
+from command.examples import load_examples
+from command.models import load_adapters
 from data import encode
 from small_base.pretrain import pretrain
 from small_base.world import task_examples
@@ -192,7 +193,7 @@ def test_an_adapter_without_training_json_is_used_but_not_replaced(base, tmp_pat
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_loads(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Path, "touch", raising(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("tempfile.TemporaryFile", raising(PermissionError(13, "Permission denied")))
     monkeypatch.setattr(train, "open_base", None)
     with pytest.raises(ValueError, match=r"cannot be written to \(Permission denied\)"):
         run(base, "--out", tmp_path / "new")
