@@ -200,6 +200,9 @@ def own_flags(add: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv, own_flags)
     grid = Grid(experiment)
+    for demand in grid.demands:  # column by column, so that a part of the table is of use
+        for method, size in grid.sizes:
+            grid.runs(demand, method, size)
     rows = []
     for method, size in grid.sizes:
         cells = [grid.runs(demand, method, size) for demand in grid.demands]
