@@ -209,9 +209,9 @@ def main(argv: list[str] | None = None) -> None:
         row = [label(method, size), f"{cells[0][0]['trained']:,}"]
         rows.append(row + list(map(cell_in_words, cells)))
     names = [demand.replace("-", " ") for demand in grid.demands]
-    experiment.report(
-        ["method", "numbers", *names], rows, lambda axes: draw_grid(grid, axes[0][0]), 3
-    )
+    header = ["method", "numbers", *names]
+    size = (2.3 * len(names) + 3, 4.5)
+    experiment.report(header, rows, lambda axes: draw_grid(grid, axes[0][0]), 1, size)
 
 
 if __name__ == "__main__":
