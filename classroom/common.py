@@ -185,7 +185,9 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
-def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
+def figure(
+    path: Path, draw: Callable[[Any], None], columns: int, size: tuple[float, float] | None = None
+) -> None:
     """Draws into a row of axes, with one legend below; or says how to get matplotlib."""
     try:
         from matplotlib import pyplot
@@ -193,13 +195,14 @@ def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
         needed = Path(__file__).parent / "requirements.txt"
         say(f"no figure: pip install -r {needed} for {path}")
         return
-    size = (max(6, 4 * columns), 4)
+    size = size or (max(6, 4 * columns), 4)  # inches
     figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
     draw(axes)
     handles, labels = axes[0][0].get_legend_handles_labels()
     by_label = dict(zip(labels, handles))  # each once
-    n = 3 if columns > 1 else 2
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=n)
+    if by_label:
+        n = 3 if columns > 1 else 2
+        figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=n)
     figure.savefig(path, dpi=150)  # for a projector
     pyplot.close(figure)
     say(f"figure: {path}")
@@ -305,8 +308,8 @@ class Experiment:
         return 2 if self.args.quick else steps
 
     def base(self, seed: int) -> Path:
-        """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
-        if seed == 0 or self.args.quick:
+        """-> the small base of a seed, made where it is not there; or the --base of the user."""
+        if seed == 0 or self.args.quick or Path(self.args.base) != DEFAULT_BASE:
             directory = Path(self.args.base)
         else:
             directory = Path("out/bases", str(seed))
@@ -344,9 +347,9 @@ class Experiment:
         return Run(model, adapters, rows, plan)
 
     def tuned(self, task: str, method: str, seed: int, n_virtual: int | None = None) -> Run:
-        """-> a run after its training, on 1000 examples of a task."""
+        """-> a run after its training, on 1000 examples of a task and the base of its seed."""
         examples = load_examples(task, None, None, seed)
-        run = self.prepared(examples, method, seed, n_virtual=n_virtual)
+        run = self.prepared(examples, method, seed, self.base(seed), n_virtual)
         looks = looks_of(run)
         start, loss = looks[0]["validation"], looks[-1]["validation"]
         what = f"{task}, {method}, seed {seed}: validation loss {start:.3f} -> {loss:.4f}"
@@ -375,10 +378,11 @@ class Experiment:
         write_json(self.file, head | results | {"runs": self.runs})
 
     def report(
-        self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int
-    ) -> None:
+        self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int,
+        size: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
         """Writes NAME.json, and the table to NAME.md; prints it, and draws NAME.png."""
         self.store(table=[dict(zip(header, row)) for row in rows])
         say(f"\n{self.question}\n\n{markdown(header, rows)}")
         replace_file(self.file.with_suffix(".md"), markdown(header, rows).encode())
-        figure(self.out / f"{self.name}.png", draw, columns)
+        figure(self.out / f"{self.name}.png", draw, columns, size)

@@ -200,15 +200,18 @@ def own_flags(add: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv, own_flags)
     grid = Grid(experiment)
+    for demand in grid.demands:  # column by column, so that a part of the table is of use
+        for method, size in grid.sizes:
+            grid.runs(demand, method, size)
     rows = []
     for method, size in grid.sizes:
         cells = [grid.runs(demand, method, size) for demand in grid.demands]
         row = [label(method, size), f"{cells[0][0]['trained']:,}"]
         rows.append(row + list(map(cell_in_words, cells)))
     names = [demand.replace("-", " ") for demand in grid.demands]
-    experiment.report(
-        ["method", "numbers", *names], rows, lambda axes: draw_grid(grid, axes[0][0]), 3
-    )
+    header = ["method", "numbers", *names]
+    size = (2.3 * len(names) + 3, 4.5)
+    experiment.report(header, rows, lambda axes: draw_grid(grid, axes[0][0]), 1, size)
 
 
 if __name__ == "__main__":

@@ -147,8 +147,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def draw(axes: Any) -> None:
         axes[0][0].figure.set_size_inches(12, 4)
-        draw_bars(axes[0][0], steps, "what is trained: steps until right")
-        draw_bars(axes[0][1], sink, "SmolLM2: % of attention on the first token of")
+        draw_bars(axes[0][0], steps, "steps until right, by what is trained")
+        draw_bars(axes[0][1], sink, "first token: % of SmolLM2's attention")
 
     header = ["base", "trained", "numbers", "learning rate", "steps", "exact match %", *SHARES]
     experiment.report(header, rows, draw, 2)

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                         GPT-2 small and SmolLM2-135M, as this machine
     python tests/benchmark.py --sizes 124M --P 20     some of it; other rows of the file stay
+    python tests/benchmark.py --draw tests/benchmark.json           bars of stored rows
     python tests/benchmark.py --memory 135M --P 20 --tokens 2000    the peak of one training
 
 Weights are random. It needs the peers: pip install -r tests/requirements.txt. A time is the median
@@ -291,6 +292,35 @@ def kind_of_machine() -> str:
     return machine(DEVICE).replace(" ", "-") if CUDA else torch.backends.cpu.get_cpu_capability()
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Draws bars of here against PEFT: the time of a step, and the memory at its peak."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return print("no figure: matplotlib is not installed")
+    names = {"124M": "GPT-2 small", "135M": "SmolLM2-135M"}
+    by_name = {row["what"]: row for row in rows}
+    cases = [(size, method) for size in names for method in ("prefix", "soft_prompt")]
+    pictures = {"step": "milliseconds a step, float32", "peak memory": "MB at the peak, float32"}
+    figure, subplots = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for subplot, (what, title) in zip(subplots, pictures.items()):
+        found = [by_name[f"{size} {method} P=20 float32 {what}"] for size, method in cases]
+        for side, key, colour in ((-0.2, "here", "C2"), (0.2, "peft", "silver")):
+            places = [place + side for place in range(len(cases))]
+            bars = subplot.barh(places, [row[key] for row in found], 0.4, color=colour, label=key)
+            subplot.bar_label(bars, fmt="{:,.0f}", padding=3)
+        labels = [f"{names[size]}\n{method.replace('_', ' ')} of 20" for size, method in cases]
+        subplot.set_yticks(range(len(cases)), labels)
+        subplot.invert_yaxis()
+        subplot.margins(x=0.15)
+        subplot.set_xticks([])
+        subplot.spines[["top", "right", "bottom"]].set_visible(False)
+        subplot.set_title(title)
+    subplots[1].set_yticks([])
+    figure.legend(["here", "PEFT"], loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
@@ -303,11 +333,15 @@ def main() -> None:
     add("--memory", choices=SIZES, metavar="SIZE", help=memory)
     add("--tokens", type=int, default=SOURCE + TARGET, help="of a row, with --memory (default: 75)")
     add("--rows", type=int, default=B, help=f"of a batch, with --memory (default: {B})")
+    add("--draw", type=Path, metavar="FILE", help="measure nothing: draw the rows of a JSON file")
     add("--peak", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         side, directory, size, method, *numbers = args.peak
         return print(peak_of_this_process(side, directory, size, method, *map(int, numbers)))
+    if args.draw:
+        rows = read_json(args.draw)["comparison"]
+        return draw(rows, Path(__file__).with_name("benchmark.png"))
     quicker = seconds_of_a_product(BFLOAT16) < seconds_of_a_product(FLOAT32)
     dtypes = [FLOAT32, BFLOAT16] if CUDA or quicker else [FLOAT32]
     table = Table(Path(__file__).with_name(f"benchmark-{kind_of_machine()}.json"))

@@ -5,6 +5,7 @@ import weakref
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 
 import common
 import compare
@@ -113,32 +114,43 @@ def runs_of(trained, exact, loss) -> list[dict]:
     return [{"trained": trained, "validation_exact": e, "validation": v} for e, v in zip(exact, loss)]
 
 
-def test_the_sentence_names_the_cheapest_within_the_noise():
-    """Exact match counts where it says something, else the loss; noise is how far seeds differ."""
+def test_the_sentence_names_the_cheapest_that_keeps_up_in_every_pair():
+    """Exact match counts where it says something, else the loss. Behind in some pairs is open."""
     methods = {
         "soft_prompt": runs_of(700, [80, 90, 85], [0.5, 0.5, 0.5]),
-        "prefix": runs_of(8000, [88, 92, 96], [0.3, 0.3, 0.3]),
-        "full": runs_of(10**6, [97, 97, 97], [0.1, 0.1, 0.1]),
+        "prefix": runs_of(8000, [97, 90, 96], [0.3, 0.1, 0.3]),
+        "lora": runs_of(9000, [96, 97, 99], [0.2, 0.2, 0.2]),
+        "full": runs_of(10**6, [97, 98, 99], [0.1, 0.1, 0.1]),
     }
     sentence = compare.verdict(methods)
-    assert "is prefix, 8,000 numbers: 92 % exact match" in sentence  # 5 points behind, and its seeds are 8 apart
-    assert "the best, full fine-tuning, has 97; the seeds of one method are up to 8 apart" in sentence
-    methods["soft_prompt"] = runs_of(700, [97, 97, 97], [0.5, 0.5, 0.5])
-    best = "is soft prompt, 700 numbers: 97 % exact match on validation data, and none is better."
-    assert best in compare.verdict(methods)
+    assert "is LoRA, 9,000 numbers: 97.33 % exact match on validation data" in sentence
+    assert ", where full fine-tuning has 98. Undecided" in sentence
+    assert "the pairs in which it keeps up: prefix, 1 of 3." in sentence  # the soft prompt in none
+    methods["soft_prompt"] = runs_of(700, [97, 98, 99], [0.5, 0.5, 0.5])
+    best = "is soft prompt, 700 numbers: 98 % exact match on validation data."
+    assert compare.verdict(methods).endswith(best)
     free = {
         name: [run | {"validation_exact": 0} for run in runs] for name, runs in methods.items()
     }
-    assert "is full fine-tuning, 1,000,000 numbers: 0.1 nats per token" in compare.verdict(free)
-    assert "no cheaper method is within the noise, which is 0 between" in compare.verdict(free)
+    assert "is full fine-tuning, 1,000,000 numbers: 0.1 nats a token" in compare.verdict(free)
+    del free["prefix"]
+    assert "What is cheaper stays behind in every pair." in compare.verdict(free)
     assert "give --seeds 3" in compare.verdict({"full": runs_of(10, [100], [0.1])})
+
+
+@pytest.mark.parametrize("apart", [0, 10, 50])
+def test_noise_never_speaks_for_a_method(apart):
+    """However far the runs of a method lie apart, one that was behind does not tie by that."""
+    wild = runs_of(700, [90 - apart, 90, 90 + apart / 10], [1, 1, 1])
+    sentence = compare.verdict({"prefix": wild, "full": runs_of(10**6, [99, 99, 99], [1, 1, 1])})
+    assert "is full fine-tuning" in sentence
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
 
 
 def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsys):
-    """Run again, it trains nothing; seed 0 is never reported, and never meets the test data."""
+    """Run again, it trains nothing; the seed of the rates never meets the test data."""
     tune, tuned = train.tune, []
 
     def counted(model, adapters, rows, plan, **more):
@@ -154,10 +166,10 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
         compare.main([*argv, "--lr", "0.01"])
     compare.main([*argv, "--lr", "0.01"])
     assert len(tuned) == 11 and len(set(tuned)) == 10  # five methods, two seeds, one of them begun twice
-    assert {seed for *_, seed in tuned} == {1, 2}
+    assert {seed for *_, seed in tuned} == {0, 1}
     printed = capsys.readouterr().out
     assert all(f"| {compare.NAMES[method]} |" in printed for method in compare.METHODS)
-    assert "forty: The cheapest method within the noise of the best is " in printed
+    assert "forty: The cheapest method that keeps up with the best is " in printed
     written = json.loads(Path("out/compare/compare.json").read_text())
     assert len(written["runs"]) == 10 and all("exact_match" in record for record in written["runs"])
     compare.main([*argv, "--lr", "0.01"])
@@ -165,8 +177,25 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     assert json.loads(Path("out/compare/compare.json").read_text())["runs"] == written["runs"]
     compare.main(argv)
     runs = json.loads(Path("out/compare/compare.json").read_text())["runs"]
-    chosen = [record for record in runs if record["seed"] == 0]
+    chosen = [record for record in runs if record["seed"] == compare.UNREPORTED]
     assert len(chosen) >= 15 and not any("exact_match" in record for record in chosen)
+
+
+def test_each_seed_of_an_embedded_task_has_a_base_of_its_own(base, tmp_path, monkeypatch):
+    """So a statement is one about more than one base. Data of the user's are tried on theirs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "pretrain", lambda directory, **_: copytree(base, directory))
+    argv = ["--device", "cpu", "--seeds", "2", "--out", str(tmp_path)]
+    experiment = common.Experiment("compare", "Which?", argv, compare.own_flags)
+    used = []
+    monkeypatch.setattr(
+        experiment, "prepared", lambda examples, method, seed, base, **_: used.append(str(base))
+    )
+    for task in (compare.Task("chat", None, None, None), compare.Task("mine", "mine.jsonl", "m", 1)):
+        monkeypatch.setattr(compare, "load_examples", lambda *_: {})
+        for seed in (0, 1, 2):
+            compare.ready(experiment, task, "prefix", seed)
+    assert used == ["out/base", "out/bases/1", "out/bases/2", *3 * ["out/base"]]
 
 
 def test_each_method_gets_its_own_learning_rate(monkeypatch):

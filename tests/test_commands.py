@@ -20,7 +20,7 @@ import train
 from command.answers import CUT, answers
 from command.console import before_torch, run_command
 from command.flags import generate_flags, train_flags
-from command.process import pick_device
+from command.process import pick_device, pick_dtype
 from data import Example, encode, source_ids
 from model import stacked_past_kv
 from prefix import Prefix
@@ -143,7 +143,9 @@ def test_a_base_that_overflows_says_so_and_prints_nothing(base, tmp_path, monkey
     monkeypatch.setattr(command.models, "pick_dtype", lambda *_: torch.float16)
     monkeypatch.setattr(command.models, "load_base", lambda _: model)
     sentence = "overflows in torch.float16.* give --dtype float32"
-    for flags in (["--prompt", "name"], ["--data", forty(base)]):
+    few = tmp_path / "few.jsonl"
+    few.write_text(Path(forty(base)).read_text().split("\n")[0])
+    for flags in (["--prompt", "name"], ["--data", few]):
         with pytest.raises(ValueError, match=sentence):
             use(base, *flags)
     monkeypatch.setattr(train, "tune", None)
@@ -419,3 +421,15 @@ def test_an_interrupted_program_ends_with_status_130_and_one_line(capsys):
         run_command(raising(KeyboardInterrupt()))
     said = capsys.readouterr()
     assert said.out == "" and said.err.strip().startswith("interrupted: --resume goes on")
+
+
+def test_a_processor_that_emulates_bfloat16_says_what_it_costs(monkeypatch, capsys):
+    """It is not chosen there, and taken with a sentence if asked for; where it is quicker, without."""
+    model, cpu = torch.nn.Linear(4000, 4000, device="meta"), torch.device("cpu")
+    for slow, chosen in ((7.0, torch.float32), (0.5, torch.bfloat16)):
+        seconds = {torch.bfloat16: slow, torch.float32: 1.0}
+        monkeypatch.setattr("command.process.seconds_of_a_product", seconds.get)
+        assert pick_dtype(None, model, cpu, full=False) == chosen
+        assert pick_dtype("bfloat16", model, cpu, full=False) == torch.bfloat16
+        sentence = "--dtype bfloat16: this processor emulates it, and takes 7 times as long"
+        assert (sentence in capsys.readouterr().out) == (slow > 1)

@@ -13,6 +13,9 @@ import common
 import compare
 import exp1_demand
 import exp2_keys_and_values
+import exp8_switch
+import exp9_dial
+import exp10_request
 import exp5_distillation
 import exp6_outside
 import exp7_start
@@ -25,12 +28,19 @@ from data import Row
 from llama import frequencies, rotate
 from model import causal_mask
 from prefix import Prefix
+from small_base.world import DOCUMENTS
+from soft_prompt import SoftPrompt
 
 pytestmark = pytest.mark.slow
 
 CLASSROOM = Path(common.__file__).parent
 NAMES = sorted(path.stem for path in CLASSROOM.glob("exp*.py"))
-STORED = [name for name in NAMES if (common.RESULTS / f"{name}.json").exists()]
+STORED = [  # those that have run to their end: only these have a table
+    name
+    for name in NAMES
+    if (common.RESULTS / f"{name}.json").exists()
+    and "table" in json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+]
 
 
 def json_of(path: Path) -> dict:
@@ -81,12 +91,12 @@ def test_a_key_decides_the_answer(N):
     """Each key has one answer in training and test; of routes, half of the keys have each form."""
     answers = {}
     for split, n in (("train", 9000), ("test", 500)):
-        for example in exp1_demand.examples_of("fact", N, split, n, seed=0):
+        for example in exp1_demand.examples_of(exp1_demand.Demand("fact", N), split, n, seed=0):
             name, food = example.input.split()[4], example.input.split()[-3]
             area = example.target.split()[-2]
             answers.setdefault((name, food) if N > 36 else name, set()).add(area)
     assert len(answers) == N and all(len(some) == 1 for some in answers.values())
-    examples = exp1_demand.examples_of("route", 8, "train", 500, 0)
+    examples = exp1_demand.examples_of(exp1_demand.Demand("route", 8), "train", 500, 0)
     routes = {example.input.split()[4]: example.target.split()[0] for example in examples}
     assert sorted(routes.values()) == 4 * ["Dear"] + 4 * ["Yes"]
 
@@ -94,7 +104,7 @@ def test_a_key_decides_the_answer(N):
 def test_neither_field_alone_decides_an_xor():
     """Each name, and each food, has as many polite as terse answers; the two together have one."""
     seen = {}
-    for example in exp1_demand.examples_of("xor", 36, "train", 20000, seed=0):
+    for example in exp1_demand.examples_of(exp1_demand.Demand("xor", 36), "train", 20000, seed=0):
         words = example.input.split()
         for key in (words[4], words[-3], (words[4], words[-3])):
             seen.setdefault(key, []).append(example.target.startswith("Yes"))
@@ -218,6 +228,65 @@ def test_a_start_is_what_its_name_says():
     torch.testing.assert_close(50 * numbers("random, 0.02"), numbers("random, 1"))
 
 
+@pytest.mark.parametrize("N", exp8_switch.COUNTS)
+def test_a_code_word_decides_the_form(N):
+    """Each word has one form in training and test, each form one word; only the seed says which."""
+    forms = exp8_switch.KNOWN[: N // 2] + exp8_switch.FOREIGN[: N // 2]
+    codes = []
+    for seed in (0, 1):
+        seen = set()
+        for split in ("train", "test"):
+            examples = exp8_switch.examples_of(N, split, 4 * N, seed)
+            assert len({example.input.split()[1] for example in examples}) == N
+            for i, example in enumerate(examples):
+                seen.add((example.input.split()[1], forms[i % N], example.target.split()[0]))
+        words, names, _ = zip(*seen)
+        assert len(set(zip(words, names))) == len(set(words)) == len(set(names)) == N
+        codes.append(dict(zip(words, names)))
+    assert codes[0] != codes[1] and set(exp8_switch.WORDS) >= set(codes[0])
+    documents = DOCUMENTS["review"]
+    assert set(exp8_switch.KNOWN) == set(documents)
+    assert not set(exp8_switch.FOREIGN) & set(documents)
+
+
+def test_a_dial_at_one_is_the_adapter_and_at_zero_its_start():
+    """Along the way; with its values at zero, a prefix keeps its keys."""
+    model, scaled = random_model(), exp9_dial.scaled
+    for kind in (Prefix, SoftPrompt):
+        start, trained = (kind.text(model, random_ids(5, seed=seed)) for seed in (0, 1))
+        ends = [scaled(trained, start, "way", scale) for scale in (0, 1, 0.5)]
+        (begin,), (end,) = start.parameters(), trained.parameters()
+        for some, expected in zip(ends, (begin, end, (begin + end) / 2)):
+            torch.testing.assert_close(next(some.parameters()), expected)
+    prefix = Prefix.text(model, random_ids(5))
+    torch.testing.assert_close(scaled(prefix, prefix, "values", 1).start, prefix.start)
+    without = scaled(prefix, prefix, "values", 0).start
+    assert torch.equal(without[:, :, 0], prefix.start[:, :, 0]) and not without[:, :, 1].any()
+
+
+def test_a_share_is_the_probability_of_the_first_token():
+    """Its mean over the rows, in percent, as so many sampled answers would begin."""
+    model, rows = random_model(), [Row([1, 2, 3], [4, 5]), Row([6], [7, 8])]
+    prefix = Prefix.text(model, random_ids(5))
+    chances = []
+    for row in rows:
+        logits, _ = model(torch.tensor([row.source]), prefix.past_kv(model))
+        chances.append(logits[0, -1].softmax(dim=-1)[row.target[0]])
+    assert exp9_dial.share(model, [prefix], rows) == pytest.approx(50 * sum(chances).item())
+    shares = [10, 30, 25, 60, 90, 5, 5]
+    assert exp9_dial.steps_of(shares) == [20, -5, 35, 30]
+
+
+def test_requests_that_are_compared_have_one_answer(monkeypatch):
+    """A prefix, a soft prompt and the text that they were made of give the same next token."""
+    model = random_model()
+    monkeypatch.setattr(exp10_request, "TEXT", 9)
+    answers = {what: request() for what, request in exp10_request.requests(model, [7], 0).items()}
+    first = [ids[0, -1] for what, ids in answers.items() if what.endswith("7, first")]
+    assert len(first) == len(exp10_request.FIRST) - 1 and len(set(map(int, first))) == 1
+    assert all(len(ids) == 1 for ids in answers.values()) and len(answers) == 2 + 4 + 3
+
+
 def test_a_console_that_lacks_a_character_costs_no_result(base, tmp_path):
     """exp4 prints «→», which cp1252 lacks: another shows, and all that was measured is stored."""
     console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
@@ -295,11 +364,14 @@ def test_the_stored_comparison_shows_its_runs():
     found = json_of(common.RESULTS / "compare.json")
     shown = {task: {method: [] for method in compare.METHODS} for task in compare.DEFAULT_TASKS}
     for run in found["runs"]:
-        if run["seed"] > 0:
+        if "exact_match" in run:  # those of a search meet no test data
             shown[run["task"]][run["method"]].append(run)
     tables = [compare.cost_table(found["costs"]), compare.share_table()]
     for table in (*tables, compare.quality_table(shown)):
         assert table in stored("compare")
+    for task, methods in shown.items():
+        sentence = compare.verdict(methods)
+        assert found["verdicts"][task] == sentence and f"{task}: {sentence}\n" in stored("compare")
 
 
 def test_every_table_of_the_page_is_a_stored_one():
@@ -315,11 +387,64 @@ def test_every_number_of_the_prose_is_in_a_stored_table():
     for part in PAGE.split("\n## "):
         name = part.split(".png")[0].split("results/")[-1]
         cases += [(name, text) for text in part.split("\n\n") if text.startswith("*We saw")]
-    assert len(cases) > 5
+    assert len(cases) >= 5
     for name, text in cases:
         known = stored(name) + (CLASSROOM / f"{name}.py").read_text(encoding="utf-8")
         missing = set(NUMBER.findall(text)) - set(NUMBER.findall(known))
         assert not missing, f"{name}: {missing} in {text}"
+
+
+def dials() -> list[tuple[dict, dict]]:
+    """-> the reported runs of a prefix and a soft prompt, in pairs of one task and base."""
+    runs = [run for run in json_of(common.RESULTS / "exp9_dial.json")["runs"] if "way" in run]
+    by_method = {"prefix": {}, "soft_prompt": {}}
+    for run in runs:
+        by_method[run["method"]][run["task"], run["seed"]] = run
+    return [(run, by_method["soft_prompt"][key]) for key, run in by_method["prefix"].items()]
+
+
+def test_what_is_said_of_switches_holds_in_each_pair():
+    """By 8 words a prefix is sooner on every base; by 2, both need 100 steps or fewer."""
+    runs = json_of(common.RESULTS / "exp8_switch.json")["runs"]
+    runs = [run for run in runs if run["seed"] != exp8_switch.UNREPORTED]
+    steps = {(run["forms"], run["method"], run["seed"]): run["steps"] for run in runs}
+    for seed in range(3):
+        assert max(steps[2, method, seed] for method, _ in exp8_switch.SIZES) <= 100
+        assert 2 * steps[8, "prefix", seed] < steps[8, "soft_prompt", seed]
+    unsolved = [run for run in runs if not run["solved"]]
+    found = [(run["forms"], run["method"], run["seed"]) for run in unsolved]
+    assert found == [(8, "soft_prompt", 1)]
+
+
+def test_what_is_said_of_dials_holds_in_each_pair():
+    """Neither falls, a quarter does nearly all, the prefix's way is gentler and breaks sooner."""
+    step = lambda shares: max(exp9_dial.steps_of(shares))  # noqa: E731
+    assert len(dials()) == 6
+    for prefix, prompt in dials():
+        ways = (prefix["way"], prefix["values"], prompt["way"])
+        assert all(min(exp9_dial.steps_of(shares)) > -0.15 for shares in ways)
+        assert step(prefix["way"]) < step(prompt["way"])
+        assert prefix["exact by values"][-1] == prompt["exact by way"][-1] == 100
+        assert prefix["values"][1] > 90 and prompt["way"][1] > 85 and prefix["way"][-1] > 99
+    assert sum(prefix["exact by way"][-1] < 100 for prefix, _ in dials()) == 5
+    assert not all(step(prefix["values"]) < step(prompt["way"]) for prefix, prompt in dials())
+
+
+def test_what_is_said_of_requests_holds_in_each_run():
+    """At GPT-2's sizes, behind 500: text costs five times as much, adapters less than half more."""
+    runs = json_of(common.RESULTS / "exp10_request.json")["runs"]
+    runs = [run for run in runs if run["model"] == "GPT-2 small"]
+    assert len(runs) == 5
+    whats = ["none, first", *(f"{name} 500, first" for name in exp10_request.FIRST[1:])]
+    for run in runs:
+        none, *others = (run[what][1] for what in whats)
+        prefix, prompt, cold, text = (other / none for other in others)
+        assert 1.1 < prefix < 1.5 and 1.1 < prompt < 1.5 and text > 5 and cold > 5
+        assert abs(cold / text - 1) < 0.15
+    for run in runs:
+        run["behind 10"] = [run[f"{name} 10, first"][1] for name in ("prefix", "soft prompt")]
+    ratios = [time / run["none, first"][1] for run in runs for time in run["behind 10"]]
+    assert min(ratios) < 1 < max(ratios)  # some are quicker than with nothing
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -329,3 +454,31 @@ def test_the_readme_shows_each_experiment(name):
     assert f"## {found['question']}\n\n![](results/{name}.png)" in PAGE
     assert (common.RESULTS / f"{name}.png").exists()
     assert found["command"].startswith(f"python classroom/{name}.py")
+
+
+def test_words_that_compare_parts_and_starts_hold_for_each_pair():
+    """A pair is two runs of one base. What was not solved counts as later than what was."""
+
+    def steps(name: str, key: str, cell: str) -> list[float]:
+        runs = json_of(common.RESULTS / f"{name}.json")["runs"]
+        runs = [run for run in runs if run.get(key) == cell and run["seed"] < 3 and "lr" in run]
+        runs = sorted(runs, key=lambda run: run["seed"])
+        assert [(run["seed"], run["lr"]) for run in runs] == [(i, runs[0]["lr"]) for i in range(3)]
+        return [run["steps"] if run["solved"] else float("inf") for run in runs]
+
+    def sooner(some: list[float], others: list[float]) -> int:
+        return sum(a < b for a, b in zip(some, others))
+
+    kept = exp2_keys_and_values.FROZEN
+    parts = {part: steps("exp2_keys_and_values", "part", part) for part in kept}
+    assert "The whole is sooner in every pair, but of the halves none is." in " ".join(PAGE.split())
+    assert sooner(parts["all"], parts["values"]) == sooner(parts["all"], parts["keys"]) == 3
+    assert 0 < sooner(parts["keys"], parts["values"]) < 3
+    assert "such a prefix is sooner in every pair" in PAGE
+    assert sooner(parts["all but the first token"], parts["all"]) == 3
+    others = ("words", *exp7_start.DEVIATIONS)
+    starts = {start: steps("exp7_start", "start", start) for start in others}
+    text = steps("exp7_start", "start", "text")
+    counts = {start: (sooner(some, text), sooner(text, some)) for start, some in starts.items()}
+    assert counts["random, 1"] == (3, 0) and counts["zero"] == (0, 3)
+    assert all(0 < counts[start][0] < 3 for start in ("words", "random, 0.02"))

@@ -85,8 +85,11 @@ def test_the_curve_is_drawn_where_matplotlib_is(base, tmp_path, monkeypatch):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("where", ["report", "show_examples", "save_record"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left")], ids=repr)
+ENDS = {"report": OSError("No space left"), "show_examples": KeyboardInterrupt()}
+ENDS["save_record"] = OSError("No space left")
+
+
+@pytest.mark.parametrize("where, error", ENDS.items())
 def test_what_comes_after_training_cannot_lose_it(base, tmp_path, monkeypatch, where, error):
     """Testing and showing come when all is saved, and the checkpoint is gone."""
     with monkeypatch.context() as patch, pytest.raises(type(error)):

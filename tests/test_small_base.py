@@ -51,11 +51,10 @@ def test_the_split_is_the_same_in_another_process():
     code += "print([world.random_record(r, 'test') for _ in range(20)])"
     rng = random.Random(1)
     expected = str([world.random_record(rng, "test") for _ in range(20)])
-    for seed in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code]
-        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert run.stdout.strip() == expected
+    env = os.environ | {"PYTHONHASHSEED": "1"}  # this process has drawn another
+    command = [sys.executable, "-c", code]
+    other = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert other.stdout.strip() == expected
 
 
 def test_each_split_has_its_share_of_every_value():
