@@ -21,19 +21,19 @@ import tiktoken
 import torch
 from torch import nn
 
-from command.answers import answers, report, show_examples, write_predictions
+from command.answers import answers, check_frozen, report, show_examples, write_predictions
 from command.console import prompts, run_command, say
+from command.examples import check_lengths, read_jsonl
 from command.flags import DEFAULT_BASE, generate_flags
 from command.models import load_adapters, open_base, trained_on
 from command.process import start_process
-from data import check_lengths, encode, read_jsonl, source_ids
+from data import encode, source_ids
 from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.world import task_examples
 from storage.adapters import save_adapter
-from storage.checkpoints import entry_of
 from storage.files import TRAINING, check_place, check_predictions, write_json
-from train import evaluate, evaluate_frozen
+from train import evaluate
 
 
 def complete(
@@ -63,19 +63,20 @@ def assess(
     rows = encode(tokenizer, examples, template)
     n_virtual = past_length(stacked_past_kv(adapters, model))
     check_lengths(examples, rows, model.config.block_size, n_virtual)
-    looks = {"frozen": evaluate_frozen(model, rows, args.batch_size)}
+    tested = {"frozen": evaluate(model, [], rows, args.batch_size)}
+    check_frozen(tested["frozen"], model)
     if adapters:
-        looks["tuned"] = entry_of(evaluate(model, adapters, rows, args.batch_size))
-    scores = report(looks)
+        tested["tuned"] = evaluate(model, adapters, rows, args.batch_size)
+    numbers = report(tested)
     if args.predict:
         sources = [row.source for row in rows]
         got = answers(model, adapters, tokenizer, sources, args.max_new_tokens, args.batch_size)
         write_predictions(args.predict, examples, got)
         say(f"{len(got)} predictions in {args.predict}")
     else:
-        wrong = looks["tuned" if adapters else "frozen"]["wrong"]
-        show_examples(model, adapters, tokenizer, examples, rows, wrong)
-    return scores
+        exact = tested["tuned" if adapters else "frozen"].exact
+        show_examples(model, adapters, tokenizer, examples, rows, exact)
+    return numbers
 
 
 def export(

@@ -4,7 +4,7 @@ Four things differ from GPT-2. Positions turn queries and keys, so keys enter th
 Several heads of queries share keys and values. RMSNorm is the norm, and SwiGLU the MLP. A prefix
 learns keys as they are in the cache, so `kv_shape` is all that it needs to know.
 
-Symbols: those of model.py, and K for n_kv_head, the heads of keys and values.
+Symbols: those of model.py, and K for n_kv_head, the heads of keys and values. H·D need not be C.
 """
 
 import math
@@ -77,8 +77,10 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), P, turns), rotate(self.k_norm(k), P, turns)
         k, v = append_past(past, k, v)  # q (B, H, T, D); k and v (B, K, S, D)
         # H/K heads share keys and values: to `attend`, they are more queries of one head
-        y = self.attend(q.reshape(len(q), k.size(1), -1, k.size(3)), k, v, mask).view_as(q)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
+        _, H, T, D = q.shape
+        K = k.size(1)
+        y = self.attend(q.reshape(len(q), K, -1, D), k, v, mask.repeat(H // K, 1))
+        return self.o_proj(y.reshape(-1, H, T, D).transpose(1, 2).flatten(2)), (k, v)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads · D) -> (B, heads, T, D)."""
@@ -101,7 +103,6 @@ class Llama(Decoder):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.queries_per_key = config.n_head // config.n_kv_head
         norm = partial(nn.RMSNorm, config.n_embd, config.rms_norm_eps)
         self.h = nn.ModuleList()
         for _ in range(config.n_layer):

@@ -43,10 +43,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def append_past(past: KV | None, k: Tensor, v: Tensor) -> KV:
-    """Past (B or 1, H, P, D) and new (B, H, T, D) keys and values -> those of all S positions."""
+    """Past (B or 1, H, P, D) and new (B or 1, H, T, D) keys and values -> (B, H, S, D) of both."""
     if past is None:
         return k, v
-    past_k, past_v = (tensor.expand(len(k), -1, -1, -1) for tensor in past)
+    B = max(len(past[0]), len(k))
+    past_k, past_v, k, v = (tensor.expand(B, -1, -1, -1) for tensor in (*past, k, v))
     return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
@@ -105,7 +106,6 @@ class Decoder(nn.Module):
     """What GPT-2 and its heirs share. A family adds config, wte, add_positions, h and ln_f."""
 
     name = "an unsaved model"  # what messages call it; load_base puts the directory here
-    queries_per_key = 1  # heads of queries that share a head of keys: some in a Llama
     dtype = property(lambda self: self.wte.weight.dtype)
     device = property(lambda self: self.wte.weight.device)
     head = property(lambda self: self.wte.weight)  # (V, C): hidden @ head.T are the logits
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
             taken = f"{P} virtual or past + {T} new positions > block_size {most}"
             raise ValueError(f"{taken}: shorten the input or lower --n-virtual")
         x, cache = self.add_positions(x, P), []
-        mask = causal_mask(T, P + T, x.dtype, x.device).repeat(self.queries_per_key, 1)
+        mask = causal_mask(T, P + T, x.dtype, x.device)
         for block, past in zip(self.h, past_kv or [None] * len(self.h)):
             x, kv = block(x, mask, past)
             cache.append(kv)

@@ -1,7 +1,7 @@
 """Prefix tuning (Li & Liang 2021): learn the keys and values of P virtual tokens, in every layer.
 
 A prefix is a KV cache that you can train. No token produced it, and nothing is computed for it. The
-numbers in the cache are themselves the parameters, P · L·2·C of them:
+numbers in the cache are themselves the parameters, P · L·2·C of them (H·D is C in a GPT-2):
 
                   P virtual tokens      T new tokens
                ┌───────────────────┬───────────────────┐
@@ -59,8 +59,8 @@ class Prefix(nn.Module):
     def reparametrise(self, mid_dim: int) -> "Prefix":
         """-> self, from now on trained through an MLP: start + MLP(inputs) (Li & Liang §4.3).
 
-        `inputs` (P, C) are drawn from N(0, 1); `mlp` is C -> mid_dim, a tanh, mid_dim -> L·2·C. Its
-        last layer is zero at first, so every start means the same with and without it.
+        `inputs` (P, H·D) are drawn from N(0, 1). `mlp` is H·D -> mid_dim, a tanh, and mid_dim ->
+        L·2·H·D. Its last layer is zero at first, so a start means the same with and without it.
         """
         P, L, _, H, D = self.start.shape
         factory = {"device": self.start.device, "dtype": self.start.dtype}
@@ -94,11 +94,8 @@ class Prefix(nn.Module):
             sizes = f"(P, L, 2, H, D) = {shape}, but {model.name} needs {needed}"
             raise ValueError(f"the prefix has {sizes}: load it onto its own base")
         layers = self.kv().to(model.dtype).movedim(0, 3)[:, :, None]  # (L, 2, 1, H, P, D)
-        if past_kv is None:
-            return [(k, v) for k, v in layers]
-        B = past_kv[0][0].size(0)
-        rows = layers.expand(-1, -1, B, -1, -1, -1)  # one copy for each row of the past
-        return [append_past(past, k, v) for past, (k, v) in zip(past_kv, rows)]
+        pasts = past_kv or [None] * len(layers)
+        return [append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]
 
 
 def trainable(start: Tensor) -> Tensor:

@@ -54,11 +54,10 @@ class SoftPrompt(nn.Module):
         Behind a `past_kv`, they are those of all positions, with a row for each of its rows.
         Raises ValueError if the model is of another width.
         """
-        (P, C), width = self.vectors.shape, model.config.n_embd
+        C, width = self.vectors.size(1), model.config.n_embd
         if C != width:
             sizes = f"vectors of {C} numbers, but {model.name} has n_embd {width}"
             raise ValueError(f"the soft prompt has {sizes}: load it onto its own base")
-        B = past_kv[0][0].size(0) if past_kv else 1
-        vectors = self.vectors.to(model.dtype).expand(B, P, C)
+        vectors = self.vectors.to(model.dtype)[None]  # (1, P, C)
         _, cache = model.forward_embeddings(vectors, past_kv)
         return cache

@@ -25,14 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command.answers import report, show_examples
+from command.answers import check_frozen, report, show_examples
 from command.console import run_command, say
+from command.examples import load_examples
 from command.flags import RECIPES, train_flags
-from command.models import KINDS, check_fit, check_folders, folders_of, load_examples
-from command.models import new_adapters, open_base, save_record, save_run, settings_of, sizes_of
+from command.models import ADAPTERS_OF, check_fit, check_folders, folders_of, new_adapters
+from command.models import open_base, save_record, save_run, settings_of, sizes_of
 from command.process import Progress, start_process, sum_over_processes, this_process
 from command.rates import search_rate
-from data import IGNORE, Batch, Row, batch_of, encode, shuffled_batches
+from data import IGNORE, Batch, Row, Scores, batch_of, encode, shuffled_batches
 from model import Decoder, KVCache, stacked_past_kv
 from storage.base import fingerprint
 from storage.checkpoints import Checkpoint, Metrics, entry_of, looks_since_best
@@ -57,16 +58,6 @@ def loss_of(model: Decoder, batch: Batch, past_kv: KVCache | None, n_targets: in
     return F.cross_entropy(logits.float(), targets, reduction="sum") / n_targets
 
 
-class Scores(NamedTuple):
-    loss: float  # nats a target token
-    tokens: float  # percentage of the target tokens that are the likeliest there
-    exact: list[bool]  # for each row, whether the greedy answer is its target
-
-    def exact_match(self) -> float:
-        """-> the percentage of exact answers."""
-        return 100 * sum(self.exact) / len(self.exact)
-
-
 @torch.no_grad()
 def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_size: int) -> Scores:
     """-> how well the targets are predicted.
@@ -75,8 +66,9 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
     token is its next one. So one forward pass tells, and nothing need be generated.
     """
     past_kv = stacked_past_kv(adapters, model)
-    loss, n_right, n_targets, exact = 0.0, 0, 0, torch.ones(len(rows), dtype=torch.bool)
-    lengths = torch.tensor([len(row.source) + len(row.target) for row in rows])
+    loss, n_right, n_targets = 0.0, 0, 0
+    exact = torch.ones(len(rows), dtype=torch.bool)
+    lengths = torch.tensor([row.n_read for row in rows])
     for chunk in lengths.argsort(stable=True).split(batch_size):  # like lengths, for less padding
         batch = batch_of([rows[i] for i in chunk], model.device)
         hidden, targets = target_hidden(model, batch, past_kv)
@@ -86,7 +78,8 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
         n_right += int(right.sum())
         n_targets += len(targets)
         row_of = (batch.targets != IGNORE).nonzero()[:, 0]  # (N,) the row of each position
-        exact[chunk[row_of[~right].cpu()]] = False
+        wrong_rows = chunk[row_of[~right].cpu()]
+        exact[wrong_rows] = False
     return Scores(loss / n_targets, 100 * n_right / n_targets, exact.tolist())
 
 
@@ -111,25 +104,31 @@ class Plan(NamedTuple):
 
 def tune(
     model: Decoder, adapters: list[nn.Module], rows: Rows, plan: Plan,
-    checkpoint: Checkpoint | None = None, is_done: Callable[[Metrics], bool] = lambda _: False,
+    checkpoint: Checkpoint | None = None, is_done: Callable[[Metrics], bool] | None = None,
 ) -> Metrics:  # fmt: skip
-    """Trains the adapters, or the model itself if there are none -> what was measured, by step."""
+    """Trains the adapters, or the model itself if there are none -> what was measured, by step.
+
+    It goes on from the checkpoint. `is_done` may end it, after each look at the validation data.
+    """
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
-    metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []
     look = partial(evaluate, model, adapters, rows["validation"], plan.batch_size)
-    metrics = metrics or [{"step": 0, "lr": plan.lr} | entry_of(look())]
-    first, (rank, processes) = metrics[-1]["step"], this_process()
-    progress = Progress(first, plan.steps, n_lines=5 if checkpoint else 0)
+    metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []
+    if not metrics:
+        metrics = [{"step": 0, "lr": plan.lr} | entry_of(look())]
+    first = metrics[-1]["step"]
+    rank, processes = this_process()
+    size = plan.micro_batch or plan.batch_size
+    progress = Progress(first, plan.steps, quiet=checkpoint is None)
     batches = shuffled_batches(rows["train"], plan.batch_size, plan.seed)
     for step, step_rows in enumerate(islice(batches, first, plan.steps), start=first + 1):
-        if "validation" in metrics[-1] and is_done(metrics):
+        if is_done and "validation" in metrics[-1] and is_done(metrics):
             break
         optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
         n_targets = sum(len(row.target) for row in step_rows)
         total = torch.zeros((), device=model.device)
-        own_rows, size = step_rows[rank::processes], plan.micro_batch or len(step_rows)
+        own_rows = step_rows[rank::processes]
         for i in range(0, len(own_rows), size):  # once, unless memory is short
             batch = batch_of(own_rows[i : i + size], model.device)
             loss = loss_of(model, batch, stacked_past_kv(adapters, model), n_targets)
@@ -137,29 +136,23 @@ def tune(
             total += loss.detach()
         sum_over_processes(total, trainee)
         optimizer.step()
-        metrics.append({"step": step, "loss": total.item()})
-        if step % plan.eval_every == 0 or step == plan.steps:
-            metrics[-1] |= entry_of(look())
-        both = metrics[-1]["loss"] + metrics[-1].get("validation", 0)
+
+        entry = {"step": step, "loss": total.item()}
+        is_look = step % plan.eval_every == 0 or step == plan.steps
+        if is_look:
+            entry |= entry_of(look())
+        metrics.append(entry)
+        both = entry["loss"] + entry.get("validation", 0.0)
         if not math.isfinite(both):
             raise Diverged(f"the loss became {both} with --lr {plan.lr:g}: lower it")
-        if "validation" in metrics[-1] and checkpoint and rank == 0:
+        if is_look and checkpoint and rank == 0:
             checkpoint.save(trainee, optimizer, metrics)
-        progress.show(sum(len(row.source + row.target) - 1 for row in own_rows), metrics[-1])
+        progress.show(sum(row.n_read for row in step_rows), entry)
     return metrics
 
 
-def evaluate_frozen(model: Decoder, rows: list[Row], batch_size: int) -> dict[str, Any]:
-    """-> how well the base does by itself. Raises ValueError if its numbers overflow."""
-    scores = evaluate(model, [], rows, batch_size)
-    if not math.isfinite(scores.loss):
-        overflow = f"{model.name} overflows in {model.dtype}: its loss is {scores.loss}"
-        raise ValueError(f"{overflow} before any step; give --dtype float32")
-    return entry_of(scores)
-
-
 def find_rate(
-    begin: Callable[[], list[nn.Module]], model: Decoder, rows: Rows, plan: Plan, middle: float
+    begin: Callable[[], list[nn.Module]], model: Decoder, rows: Rows, plan: Plan
 ) -> dict[float, float]:
     """-> the validation losses of short trainings, by learning rate. Each one begins anew."""
     short = plan._replace(steps=math.ceil(plan.steps / 5), eval_every=plan.steps)
@@ -175,7 +168,7 @@ def find_rate(
         say(f"rate     {rate:g}: validation loss {loss:.3f}")
         return loss
 
-    return search_rate(middle, loss_at)
+    return search_rate(plan.lr, loss_at)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -191,37 +184,45 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     full = args.method == "full"
     model, tokenizer, template = open_base(args.base, args.chat, args.device, args.dtype, full)
     rows = {split: encode(tokenizer, some, template) for split, some in examples.items()}
-    start = (args.n_virtual, args.init, args.init_text, args.seed, args.mid_dim)
-    begin = partial(new_adapters, KINDS[args.method], model, tokenizer, rows["train"], *start)
+    begin = partial(
+        new_adapters, ADAPTERS_OF[args.method], model, tokenizer, rows["train"], P=args.n_virtual,
+        init=args.init, init_text=args.init_text, seed=args.seed, mid_dim=args.mid_dim,
+    )  # fmt: skip
     adapters = begin()
     check_fit(examples, rows, adapters, model)
-    checkpoint.add_settings({"base": fingerprint(model), "dtype": str(model.dtype)})
-    record |= sizes_of(model, adapters) | checkpoint.settings
+    base = {"base": fingerprint(model), "dtype": str(model.dtype)}
+    checkpoint.add_settings(base)
+    record |= sizes_of(model, adapters) | base
     check_folders(args.method, args.out, record)  # now with the base's fingerprint
 
-    say("task     {}: {!r} -> {!r}".format(args.task, *examples["train"][0][:2]))
+    first = examples["train"][0]
+    say(f"task     {args.task}: {first.input!r} -> {first.target!r}")
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
-    frozen = evaluate_frozen(model, rows["test"], args.batch_size)
-    lr, rates = checkpoint.lr or args.lr, checkpoint.stored.get("rates")
+    frozen = evaluate(model, [], rows["test"], args.batch_size)
+    check_frozen(frozen, model)
+    lr = args.lr or RECIPES[args.method].middle
     plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
-    if plan.lr is None:
-        rates = find_rate(begin, model, rows, plan, RECIPES[args.method].middle)
-        plan = plan._replace(lr=min(rates, key=rates.get))
-    checkpoint.add_settings({"rates": rates})
-    is_done = lambda metrics: looks_since_best(metrics) == args.patience  # never, for None
+    rates = None
+    if args.lr is None:  # searched, unless the checkpoint of a resumed run has the table
+        rates = checkpoint.stored.get("rates") or find_rate(begin, model, rows, plan)
+        checkpoint.add_settings({"rates": rates})
+        plan = plan._replace(lr=float(min(rates, key=rates.get)))
+
+    def is_done(metrics: Metrics) -> bool:
+        return looks_since_best(metrics) == args.patience  # never, without patience
+
     metrics = tune(model, adapters, rows, plan, checkpoint, is_done)
     if rank > 0:  # one process is enough for what remains
         return record
-    tuned = checkpoint.restore_best(nn.ModuleList(adapters or [model]), metrics)
+    checkpoint.restore_best(nn.ModuleList(adapters or [model]), metrics)
     record |= {"data": args.data, "base_name": model.name, "out": str(args.out)}
     record |= {"lr_used": plan.lr, "rates": rates}
     save_run(record, metrics, adapters, model)
     checkpoint.end()
-    if examples["test"] is not examples["validation"]:  # else tuning has looked at them just now
-        tuned = entry_of(evaluate(model, adapters, rows["test"], args.batch_size))
+    tuned = evaluate(model, adapters, rows["test"], args.batch_size)
     record |= report({"frozen": frozen, "tuned": tuned})
     save_record(record)
-    show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned["wrong"])
+    show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned.exact)
     return record
 
 

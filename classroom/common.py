@@ -24,9 +24,10 @@ from torch import Tensor, nn  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from command.console import say  # noqa: E402
+from command.examples import check_lengths, load_examples  # noqa: E402
 from command.flags import DEFAULT_BASE, Recipe  # noqa: E402
 from command.flags import RECIPES as TUNED  # noqa: E402
-from command.models import KINDS, load_examples, new_adapters  # noqa: E402
+from command.models import ADAPTERS_OF, new_adapters  # noqa: E402
 from command.process import pick_device, start_process  # noqa: E402
 from llama import Llama  # noqa: E402
 from lora import add_lora  # noqa: E402
@@ -184,7 +185,9 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
-def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
+def figure(
+    path: Path, draw: Callable[[Any], None], columns: int, size: tuple[float, float] | None = None
+) -> None:
     """Draws into a row of axes, with one legend below; or says how to get matplotlib."""
     try:
         from matplotlib import pyplot
@@ -192,13 +195,14 @@ def figure(path: Path, draw: Callable[[Any], None], columns: int) -> None:
         needed = Path(__file__).parent / "requirements.txt"
         say(f"no figure: pip install -r {needed} for {path}")
         return
-    size = (max(6, 4 * columns), 4)
+    size = size or (max(6, 4 * columns), 4)  # inches
     figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
     draw(axes)
     handles, labels = axes[0][0].get_legend_handles_labels()
     by_label = dict(zip(labels, handles))  # each once
-    n = 3 if columns > 1 else 2
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=n)
+    if by_label:
+        n = 3 if columns > 1 else 2
+        figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=n)
     figure.savefig(path, dpi=150)  # for a projector
     pyplot.close(figure)
     say(f"figure: {path}")
@@ -291,9 +295,7 @@ class Experiment:
         self.seeds = range(1 if self.args.quick else self.args.seeds)
         self.at_most = 10 if self.args.quick else None  # rows of a split
         self.file = self.out / f"{self.name}.json"
-        self.runs: list[dict[str, Any]] = []
-        if self.file.exists():
-            self.runs = read_json(self.file)["runs"]
+        self.runs = self.stored_runs()
         start_process()
         self.begin = time.perf_counter()
         self.device = pick_device(self.args.device)
@@ -306,8 +308,8 @@ class Experiment:
         return 2 if self.args.quick else steps
 
     def base(self, seed: int) -> Path:
-        """-> the small base of a seed, made where it is not there; that of seed 0 is --base."""
-        if seed == 0 or self.args.quick:
+        """-> the small base of a seed, made where it is not there; or the --base of the user."""
+        if seed == 0 or self.args.quick or Path(self.args.base) != DEFAULT_BASE:
             directory = Path(self.args.base)
         else:
             directory = Path("out/bases", str(seed))
@@ -336,18 +338,18 @@ class Experiment:
         steps = self.steps(steps or STEPS)
         if method == "lora":
             add_lora(model, rank=P, seed=seed)
-        kinds = KINDS.get(method, [])
+        kinds = ADAPTERS_OF.get(method, [])
         adapters = new_adapters(kinds, model, tokenizer, rows["train"], P, "text", seed=seed)
         block_size = model.config.block_size
         for split in rows:
-            data.check_lengths(examples[split], rows[split], block_size, len(adapters) * P)
+            check_lengths(examples[split], rows[split], block_size, len(adapters) * P)
         plan = train.Plan(steps, lr or recipe.lr, batch_size, seed, max(1, steps // looks))
         return Run(model, adapters, rows, plan)
 
     def tuned(self, task: str, method: str, seed: int, n_virtual: int | None = None) -> Run:
-        """-> a run after its training, on 1000 examples of a task."""
+        """-> a run after its training, on 1000 examples of a task and the base of its seed."""
         examples = load_examples(task, None, None, seed)
-        run = self.prepared(examples, method, seed, n_virtual=n_virtual)
+        run = self.prepared(examples, method, seed, self.base(seed), n_virtual)
         looks = looks_of(run)
         start, loss = looks[0]["validation"], looks[-1]["validation"]
         what = f"{task}, {method}, seed {seed}: validation loss {start:.3f} -> {loss:.4f}"
@@ -363,19 +365,24 @@ class Experiment:
                 return run
         words = ", ".join(f"{key} {value}" for key, value in settings.items())
         say(f"{time.perf_counter() - self.begin:5.0f} s  {words}")
-        self.runs.append(settings | measure())
+        run = settings | measure()
+        self.runs = [*self.stored_runs(), run]  # another process may have stored some meanwhile
         self.store()
-        return self.runs[-1]
+        return run
+
+    def stored_runs(self) -> list[dict[str, Any]]:
+        return read_json(self.file)["runs"] if self.file.exists() else []
 
     def store(self, **results: Any) -> None:
         head = {"question": self.question, "command": self.command, "seeds": list(self.seeds)}
         write_json(self.file, head | results | {"runs": self.runs})
 
     def report(
-        self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int
-    ) -> None:
+        self, header: list[str], rows: list[list[str]], draw: Callable[[Any], None], columns: int,
+        size: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
         """Writes NAME.json, and the table to NAME.md; prints it, and draws NAME.png."""
         self.store(table=[dict(zip(header, row)) for row in rows])
         say(f"\n{self.question}\n\n{markdown(header, rows)}")
         replace_file(self.file.with_suffix(".md"), markdown(header, rows).encode())
-        figure(self.out / f"{self.name}.png", draw, columns)
+        figure(self.out / f"{self.name}.png", draw, columns, size)

@@ -17,7 +17,7 @@ import torch
 from common import NAMES, Experiment, Run, all_right, colour, looks_of, n_trainable
 
 from command.console import run_command
-from command.models import KINDS
+from command.models import ADAPTERS_OF
 from data import Row
 from train import Plan
 
@@ -36,7 +36,7 @@ def written(experiment: Experiment, method: str, P: int, length: int, seed: int)
     rows = {"train": [row], "validation": [row]}
 
     def measure(lr: float) -> dict[str, Any]:
-        (kind,) = KINDS[method]
+        (kind,) = ADAPTERS_OF[method]
         adapter = kind.random(model, P, torch.Generator().manual_seed(seed))
         plan = Plan(experiment.steps(STEPS), lr, batch_size=1, seed=seed, eval_every=50)
         last = looks_of(Run(model, [adapter], rows, plan), all_right)[-1]

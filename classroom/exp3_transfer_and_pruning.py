@@ -3,8 +3,8 @@
     python classroom/exp3_transfer_and_pruning.py
 
 A prefix and a soft prompt of 8 are trained for the task chat on one small base. Then they are used
-on two others, which differ only by the seed of their pretraining. And on their own base their
-tokens are taken out one by one, each time the one that is missed least. Nothing is trained again.
+on two others, which differ only by the seed of their pretraining. Three bases take turns. And on
+their own base their tokens are taken out one by one, each time the one that is missed least. Nothing is trained again.
 Beside them stands an adapter that was trained with two tokens from the start.
 """
 
@@ -21,8 +21,9 @@ from small_base.world import task_examples
 from train import evaluate
 
 METHODS = ("prefix", "soft_prompt")
-OTHERS = (1, 2)  # seeds of bases
+BASES = (0, 1, 2)  # their seeds
 LEFT = (8, 6, 4, 3, 2, 1)
+NATS = (0.001, 0.01, 0.1, 1)  # of the figure's axis
 
 
 def pruned(model: nn.Module, adapter: nn.Module, rows: list) -> dict[int, float]:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     def measure(method: str, seed: int) -> dict[str, Any]:
         run = experiment.tuned("chat", method, seed, n_virtual=8)
         record = {"loss": run.loss, "exact": run.exact, "others": []}
-        for base in OTHERS:
+        for base in [base for base in BASES if base != seed]:
             tokenizer, other = experiment.load(experiment.base(base))
             examples = task_examples("chat", "validation", 200, seed)
             rows = encode(tokenizer, examples)[: experiment.at_most]
@@ -73,14 +74,19 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([NAMES[method], *row, spread([run["trained"] for run in some], 4)])
 
     def draw(axes) -> None:
+        axis = axes[0][0]
         for method, some in runs.items():
-            axis, name = axes[0][0], NAMES[method]
+            name = NAMES[method]
             band(axis, left, list(zip(*(run["pruned"] for run in some))), f"{name}, of 8")
             trained = [run["trained"] for run in some]
             label = f"{name}, trained with 2"
-            axis.plot([2] * len(some), trained, "x", label=label, color=colour(name))
-        axis.set(xlabel="virtual tokens left", ylabel="validation loss, nats per token")
-        axis.set(yscale="log")
+            axis.plot([2] * len(some), trained, "x", markersize=9, label=label, color=colour(name))
+        axis.set(xlabel="virtual tokens left", ylabel="loss, nats a token", yscale="log")
+        axis.set(title="Two tokens trained beat two tokens left over")
+        axis.set_xticks(left, left)
+        axis.set_yticks(NATS, NATS)
+        axis.minorticks_off()
+        axis.invert_xaxis()
 
     header = ["method", "own base: exact match %", "loss"]
     header += ["other bases: exact match %", "loss there", "without it"]

@@ -5,14 +5,14 @@
 Training is for the task sentence: a record as a sentence. Then the loss is measured on every pair
 of source and form in the pretraining documents. Four models are compared: the frozen base, one
 after full fine-tuning, and one with a prefix on and off. A prefix is off when it is not handed in:
-there is nothing to undo.
+there is nothing to undo. Each run has a small base of its own.
 """
 
 import random
 import statistics
 from functools import cache, partial
 
-from common import Experiment, spread
+from common import Experiment, colour, spread
 
 from command.console import run_command
 from data import encode
@@ -20,6 +20,7 @@ from small_base.world import DOCUMENTS, Task, random_record, task_example
 from train import evaluate
 
 STATES = {"frozen": "frozen base", "full": "full fine-tuning"}
+ABOVE = {"textcoords": "offset points", "ha": "center"}
 STATES |= {"on": "prefix on", "off": "prefix off"}
 
 
@@ -30,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
         for source, forms in DOCUMENTS.items()
         for form in forms
     }
-    tokenizer, frozen = experiment.load()
     tuned = cache(partial(experiment.tuned, "sentence"))
 
     def measure(pair: Task, seed: int) -> dict[str, float]:
         full, prefix, rng = tuned("full", seed), tuned("prefix", seed), random.Random(seed)
+        tokenizer, frozen = experiment.load(experiment.base(seed))
         records = [random_record(rng, "validation") for _ in range(200)]
         examples = [task_example(pair, record) for record in records]
         rows = encode(tokenizer, examples)[: experiment.at_most]
@@ -62,13 +63,16 @@ def main(argv: list[str] | None = None) -> None:
     rows.append(row)
 
     def draw(axes) -> None:
-        for (state, label), marker in zip(STATES.items(), "os^x"):
-            seen = [statistics.mean(run[state] for run in some) for some in runs.values()]
-            axes[0][0].plot(seen, list(runs), marker, label=label)
-        axes[0][0].set(xlabel="validation loss, nats per token", xscale="log")
-        axes[0][0].set(title="trained for table → sentence")
-        axes[0][0].invert_yaxis()
-        axes[0][0].grid(axis="y", alpha=0.3)
+        axis = axes[0][0]
+        for x, (state, label) in enumerate(STATES.items()):
+            means = [statistics.mean(run[state] for run in each) for each in zip(*others)]
+            mean = statistics.mean(means)
+            axis.bar(x, mean, color=colour(label.removesuffix(" on").removesuffix(" off")))
+            axis.plot([x] * len(means), means, ".", color="black")
+            axis.annotate(f"{mean:.2f}", (x, max(means)), (0, 5), **ABOVE)
+        axis.set_xticks(range(len(STATES)), STATES.values())
+        axis.set(ylabel="loss on other forms, nats a token", ylim=(0, 1.15 * axis.get_ylim()[1]))
+        axis.set(title="An adapter that is off has forgotten nothing")
 
     experiment.report(["source and form", *STATES.values()], rows, draw, 1)
 

@@ -152,8 +152,9 @@ def main(argv: list[str] | None = None) -> None:
             if way == NOTHING:  # at every length the same
                 means *= len(lengths)
             axes[0][0].plot(lengths, means, ".-", label=way)
-        axes[0][0].set(xlabel="virtual tokens", ylabel="KL divergence, nats per token")
-        axes[0][0].set(ylim=(0, None))
+        axes[0][0].set(xlabel="virtual tokens", ylabel="distance from having the text, nats")
+        axes[0][0].set(ylim=(0, None), title="Teach it, and two tokens do most of the text's work")
+        axes[0][0].set_xticks(lengths, lengths)
 
     header = ["prefix", "tokens", "learning rate", "KL divergence", "the same likeliest, %"]
     experiment.report(header, rows, draw, 1)

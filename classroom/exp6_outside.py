@@ -6,7 +6,8 @@ A prefix shares the softmax with the text. The more text there is, the less atte
 gets, and what it gets, the text loses. Wang et al. 2025 (arXiv 2506.13674) put it outside: each
 head adds φ(q) M to what it read in the text, with φ(q) = elu(q) + 1 and a trained matrix M. With
 heads of 32 numbers, all the M together have as many numbers as a prefix of 16 tokens. Both are
-trained for two tasks. And the prefix's share of the attention is measured as the text grows.
+trained for two tasks, on three small bases. The learning rate is chosen on a fourth. And the
+prefix's share of the attention is measured as the text grows.
 """
 
 import statistics
@@ -21,7 +22,7 @@ from common import looks_of, n_trainable, spread
 from torch import Tensor, nn
 
 from command.console import run_command
-from command.models import load_examples
+from command.examples import load_examples
 from model import Decoder, KVCache, attend
 from train import evaluate
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     def measure(place: str, task: str, seed: int, lr: float) -> dict[str, Any]:
         own = {"n_virtual": P, "lr": lr, "steps": STEPS, "looks": 12}
         examples = load_examples(task, None, None, seed)
-        run = experiment.prepared(examples, "prefix", seed, **own)
+        run = experiment.prepared(examples, "prefix", seed, experiment.base(seed), **own)
         model, acting = run.model, nullcontext()
         if place == "outside":
             run = run._replace(adapters=[Outside(model)])
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             axes[0][0].plot(GROWING, means, style, label=name, color=colour(name))
             axes[0][0].plot(GROWING, columns, ".", color=colour(name))
         axes[0][0].set(xlabel="tokens of text", ylabel="% of the attention", ylim=(0, 100))
+        axes[0][0].set(title="The more text, the less attention a prefix gets")
+        axes[0][0].set_xticks(GROWING, GROWING)
 
     header = ["task", "softmax", "numbers", "learning rate", "exact match %", "loss a token"]
     header += ["steps", *(f"share % behind {T} tokens" for T in GROWING)]

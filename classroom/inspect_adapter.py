@@ -18,10 +18,11 @@ from common import attention, markdown
 from torch import Tensor
 
 from command.console import run_command, say
+from command.examples import check_lengths, load_examples
 from command.flags import DEFAULT_BASE
-from command.models import load_adapters, load_examples, open_base, trained_on
+from command.models import load_adapters, open_base, trained_on
 from command.process import start_process
-from data import Row, check_lengths, encode
+from data import Row, encode
 from model import Decoder, KVCache, past_length, stacked_past_kv
 from small_base.world import TASKS, task_examples
 from soft_prompt import SoftPrompt

@@ -18,9 +18,9 @@ from common import load_base, load_tokenizer
 from torch import Tensor
 
 from command.console import run_command, say
+from command.examples import read_jsonl
 from command.flags import DEFAULT_BASE
 from command.models import adapter_folders
-from data import read_jsonl
 from model import GPT
 from small_base.world import TASKS, task_examples
 from storage.adapters import load_adapter, stored_rows

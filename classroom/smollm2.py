@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         if parts[-2] in heads:  # llama.cpp turns neighbours, Hugging Face turns halves: the rows of each head change order
             weight = weight.unflatten(0, (heads[parts[-2]], -1, 2)).transpose(1, 2).reshape(weight.shape)
         tensors[".".join(PARTS.get(part, part) for part in parts)] = weight
-    write_tensors(out / "model.safetensors", tensors, {"format": "pt"})
+    write_tensors(out / "model.safetensors", tensors)
 
     tokens, kinds, merges = (field[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
     added = [{"id": i, "content": token} | SPECIAL for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == 3]

@@ -1,6 +1,7 @@
 """Answers of a model as text: completed, shown, and written to a file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from command.console import say
-from data import Example, Row
+from data import Example, Row, Scores
 from model import Decoder, past_length, stacked_past_kv
 from storage.files import replace_file
 
@@ -41,10 +42,10 @@ def answers(
 
 def show_examples(
     model: Decoder, adapters: list[nn.Module], tokenizer: tiktoken.Encoding,
-    examples: list[Example], rows: list[Row], wrong: list[int],
+    examples: list[Example], rows: list[Row], exact: list[bool],
 ) -> None:  # fmt: skip
     """Prints three examples, wrong ones first, with the answer and that of the frozen model."""
-    chosen = list(dict.fromkeys([*wrong, *range(len(rows))]))[:3]
+    chosen = sorted(range(len(rows)), key=lambda i: exact[i])[:3]  # False comes before True
     sources = [rows[i].source for i in chosen]
     limit = max(len(rows[i].target) for i in chosen) + 10
     got = answers(model, adapters, tokenizer, sources, limit)
@@ -62,19 +63,27 @@ def show_examples(
 def write_predictions(file: Path, examples: list[Example], predictions: list[str]) -> None:
     """Writes input, target, prediction, and whether that was cut, of each example as JSONL."""
     lines = ""
-    for (source, target, _), prediction in zip(examples, predictions):
-        row = {"input": source, "target": target, "prediction": prediction.removesuffix(CUT)}
+    for (given, target, _), prediction in zip(examples, predictions):
+        row = {"input": given, "target": target, "prediction": prediction.removesuffix(CUT)}
         lines += json.dumps(row | {"cut": prediction.endswith(CUT)}) + "\n"
     replace_file(file, lines.encode())
 
 
-def report(looks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Entries of metrics, by who was tested -> their numbers by name, and a line of each."""
+def check_frozen(scores: Scores, model: Decoder) -> None:
+    """Raises ValueError if the numbers of a base overflow."""
+    if not math.isfinite(scores.loss):
+        overflow = f"{model.name} overflows in {model.dtype}: its loss is {scores.loss}"
+        raise ValueError(f"{overflow} before any step; give --dtype float32")
+
+
+def report(tested: dict[str, Scores]) -> dict[str, float]:
+    """Scores, by who was tested -> their numbers by name, and a printed line of each."""
     numbers = {}
-    for name, scores in looks.items():
-        loss, tokens, exact = scores["validation"], scores["tokens"], scores["exact_match"]
-        shares = f"tokens right {tokens:5.1f} %  exact match {exact:5.1f} %"
-        say(f"test     {name:6}  loss {loss:.3f}  {shares}")
-        values = {"loss": loss, "tokens": tokens, "exact_match": exact}
-        numbers |= {f"{key}_{name}": value for key, value in values.items()}
+    for name, scores in tested.items():
+        exact_match = scores.exact_match()
+        shares = f"tokens right {scores.tokens:5.1f} %  exact match {exact_match:5.1f} %"
+        say(f"test     {name:6}  loss {scores.loss:.3f}  {shares}")
+        numbers[f"loss_{name}"] = scores.loss
+        numbers[f"tokens_{name}"] = scores.tokens
+        numbers[f"exact_match_{name}"] = exact_match
     return numbers

@@ -1,11 +1,10 @@
-"""The flags of train.py and generate.py, with their units and defaults.
+"""The flags of the three programs, with their units and defaults.
 
 Nothing here imports torch, so a wrong flag is answered at once: by a ValueError of one sentence.
 """
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,8 @@ from typing import NamedTuple
 DEFAULT_BASE = Path("out/base")
 TASKS = ("sentence", "table", "sentiment", "reply", "chat", "verdict", "shifted")  # of small_base
 STARTS = ("text", "vocab", "random", "zero")  # what --init knows, besides directories
+DEVICES = "cuda, mps or cpu (default: the first of them that is there)"
+PRETRAIN_STEPS, PRETRAIN_LR = 120, 3e-2
 
 
 class Recipe(NamedTuple):
@@ -30,14 +31,6 @@ RECIPES = {
     "both": Recipe("train a prefix and a soft prompt behind it", 4, 3e-1, 3e-2),
     "full": Recipe("train all weights", 0, 1.5e-3, 1e-4),
 }
-PRETRAIN_STEPS, PRETRAIN_LR = 120, 3e-2
-MOVED = {  # what train.py once did itself
-    "python -m small_base.pretrain": ("--method pretrain", "--corpus", "--sizes"),
-    "python generate.py": (
-        "--method none", "--adapter", "--prompt", "--predict", "--export", "--temperature",
-        "--top-k",
-    ),
-}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +41,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=style, allow_abbrev=False)
 
     def error(self, message: str) -> None:
+        if message.startswith("unrecognized"):  # a flag of another program, perhaps
+            programs = "train.py, generate.py and small_base.pretrain"
+            message += f": see --help; {programs} have flags of their own"
         raise ValueError(message.removeprefix("argument "))
 
 
@@ -67,16 +63,11 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 count, seed = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
+rate, heat = number(float, 1e-30, 1e38), number(float, 0, 1e6)
 
 
 def train_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments -> the flags of train.py, a method's defaults filled in."""
-    argv = sys.argv[1:] if argv is None else argv
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    for before, word in zip(["", *words], words):
-        for program, moved in MOVED.items():
-            for old in {word, f"{before} {word}"} & {*moved}:
-                raise ValueError(f"{old} is not train.py's any more: see {program} --help")
     parser = Parser(description)
     add = parser.add_argument_group("what to train").add_argument
     methods = "; ".join(f"{name}: {recipe.help}" for name, recipe in RECIPES.items())
@@ -87,20 +78,16 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
 
     add = parser.add_argument_group("the adapter").add_argument
     add("--n-virtual", metavar="P", type=count, help=f"virtual tokens ({defaults('n_virtual')})")
-    start = f"the start: {', '.join(STARTS)}, or the directory of an adapter (default: text)"
-    add("--init", default="text", help=start)
-    text = "for --init text (default: the end of the first training example)"
-    add("--init-text", metavar="TEXT", help=text)
-    mlp = "train the prefix through an MLP of this width (default: directly)"
-    add("--mid-dim", metavar="M", type=count, help=mlp)
+    add("--init", default="text", help=f"{', '.join(STARTS)}, or an adapter (default: text)")
+    add("--init-text", metavar="TEXT", help="to start from (default: a training example's end)")
+    add("--mid-dim", metavar="M", type=count, help="train the prefix through an MLP of this width")
 
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, default=100, help="optimizer steps (default: 100)")
-    rate = f"peak learning rate ({defaults('lr')} on the small base; elsewhere a search finds one)"
-    add("--lr", type=number(float, 1e-30, 1e38), help=rate)
+    rates = f"{defaults('lr')} on the small base; elsewhere a search finds one"
+    add("--lr", type=rate, help=f"peak learning rate ({rates})")
     add("--batch-size", metavar="B", type=count, default=16, help="examples a step (default: 16)")
-    part = "examples that go through the model at once, to save memory (default: all of a batch)"
-    add("--micro-batch", metavar="B", type=count, help=part)
+    add("--micro-batch", metavar="B", type=count, help="examples at once, if memory is short")
     add("--seed", type=seed, default=0, help="of data, order and initialisation (default: 0)")
     looks = "steps between looks at the validation data, and checkpoints (default: a tenth)"
     add("--eval-every", metavar="STEPS", type=count, help=looks)
@@ -142,15 +129,12 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
 
     add_data(parser)
     add = parser.add_argument_group("what else to do").add_argument
-    file = "with --data or --task: write all answers, as JSONL"
-    add("--predict", metavar="FILE", type=Path, help=file)
+    add("--predict", metavar="FILE", type=Path, help="with --data or --task: write all answers")
     add("--prompt", metavar="TEXT", help="complete this input; -: each line that comes in")
-    export = "save the adapters, together, as one prefix that PEFT loads"
-    add("--export", metavar="DIR", type=Path, help=export)
+    add("--export", metavar="DIR", type=Path, help="save the adapters as one prefix, for PEFT")
 
     add = parser.add_argument_group("how to answer").add_argument
-    likeliest = "0 takes the likeliest token, more makes answers vary (default: 0)"
-    add("--temperature", type=number(float, 0, 1e6), default=0.0, help=likeliest)
+    add("--temperature", type=heat, default=0.0, help="more makes answers vary (default: 0)")
     add("--top-k", metavar="K", type=count, help="sample among the K likeliest (default: all)")
     add("--max-new-tokens", metavar="N", type=count, default=256, help="(default: 256)")
     add("--batch-size", metavar="B", type=count, default=16, help="inputs at once (default: 16)")
@@ -169,19 +153,19 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
 
 def pretrain_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments -> the flags of small_base.pretrain."""
-    parser, steps, lr = Parser(description), PRETRAIN_STEPS, PRETRAIN_LR
+    parser = Parser(description)
     add = parser.add_argument
-    world = "UTF-8 texts to train on (default: the restaurant world)"
-    add("--corpus", metavar="FILE", nargs="+", default=[], help=world)
+    texts = "UTF-8 texts to train on (default: the restaurant world)"
+    add("--corpus", metavar="FILE", type=Path, nargs="+", default=[], help=texts)
     sizes = {"nargs": 4, "metavar": ("L", "H", "C", "BLOCK"), "default": [4, 4, 128, 128]}
-    add("--sizes", type=count, **sizes, help="layers, heads, width, context (default: 4 4 128 128)")
-    add("--steps", type=count, default=steps, help=f"optimizer steps (default: {steps})")
-    add("--lr", type=number(float, 1e-30, 1e38), default=lr, help=f"peak rate (default: {lr:g})")
+    add("--sizes", type=count, **sizes, help="layers, heads, width, context (4 4 128 128)")
+    add("--steps", type=count, default=PRETRAIN_STEPS, help="optimizer steps (default: %(default)s)")
+    add("--lr", type=rate, default=PRETRAIN_LR, help="peak learning rate (default: %(default)s)")
     add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")
     add("--seed", type=seed, default=0, help="of texts, order and start (default: 0)")
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    where = f"a new directory (default: {DEFAULT_BASE})"
-    add("--out", metavar="DIR", type=Path, default=DEFAULT_BASE, help=where)
+    add("--device", help=DEVICES)
+    place = "a new directory (default: %(default)s)"
+    add("--out", metavar="DIR", type=Path, default=DEFAULT_BASE, help=place)
     args = parser.parse_args(argv)
     if args.sizes[2] % args.sizes[1]:
         parser.error(f"--sizes {args.sizes}: give a width that is a multiple of the heads")
@@ -198,7 +182,7 @@ def add_base(add: Callable, default: Path | None) -> None:
     small = f"default: {default}" if default else "default: the adapter's"
     add("--base", metavar="DIR", default=default, help=f"directory, or name on the hub ({small})")
     add("--chat", action="store_true", help="put inputs through the model's chat template")
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--device", help=DEVICES)
     quick = "of the frozen base (default: the one that the processor is quicker in)"
     add("--dtype", choices=["float32", "bfloat16"], help=quick)
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from command.console import say
+from command.examples import check_lengths
 from command.flags import DEFAULT_BASE
 from command.process import barrier, pick_device, pick_dtype, this_process
-from data import Example, Row, check_lengths, hold_out, read_jsonl
+from data import Example, Row
 from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.pretrain import pretrain
-from small_base.world import task_examples
 from soft_prompt import SoftPrompt
 from storage.adapters import load_adapter, save_adapter, stored_rows
 from storage.base import load_base, save_base
@@ -29,7 +29,9 @@ from storage.files import TRAINING, check_place, read_json, replace_file, write_
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
 
-KINDS = {"prefix": [Prefix], "soft_prompt": [SoftPrompt], "both": [Prefix, SoftPrompt], "full": []}
+ADAPTERS_OF = {  # by method, the foremost first
+    "prefix": [Prefix], "soft_prompt": [SoftPrompt], "both": [Prefix, SoftPrompt], "full": [],
+}  # fmt: skip
 STACK = ("prefix", "soft_prompt")  # the folders that --method both saves to, the foremost first
 
 
@@ -116,22 +118,6 @@ def trained_on(directory: str | Path) -> tuple[str | None, bool]:
     config = read_json(folder / "adapter_config.json")
     record = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
     return config.get("base_model_name_or_path"), record.get("chat", False)
-
-
-def load_examples(
-    task: str, path: str | None, val_path: str | None, seed: int
-) -> dict[str, list[Example]]:
-    """-> train, validation and test examples, of an embedded task or a user's own.
-
-    One's own validation examples are the test examples too, one list: what was chosen by them is to
-    be tested on another file, with generate.py.
-    """
-    if path is None:
-        sizes = {"train": 1000, "validation": 100, "test": 300}
-        return {split: task_examples(task, split, n, seed) for split, n in sizes.items()}
-    train = read_jsonl(path)
-    held_out, train = hold_out(train, seed) if val_path is None else (read_jsonl(val_path), train)
-    return {"train": train, "validation": held_out, "test": held_out}
 
 
 def check_fit(

@@ -51,17 +51,15 @@ def sum_over_processes(loss: Tensor, trainee: nn.Module) -> None:
 
 def pick_device(name: str | None) -> torch.device:
     """-> the device asked for, or the best there is. Raises ValueError if it is not there."""
-    there = ["cpu"]
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    name = name or there[0]
-    kind, _, number = name.partition(":")
-    if kind not in there or (number and number not in map(str, range(torch.cuda.device_count()))):
-        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}")
+        there.append("mps")
+    there.append("cpu")
+    name = name or there[0].partition(":")[0]
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes take one each
+    if name not in there:
+        raise ValueError(f"--device {name} is not there: this machine has {', '.join(there)}")
     return torch.device(name)
 
 
@@ -71,40 +69,37 @@ def pick_dtype(name: str | None, model: Decoder, device: torch.device, full: boo
         raise ValueError("--method full needs --dtype float32: bfloat16 rounds small updates away")
     if full or name == "float32":
         return torch.float32
-    slower = bfloat16_slowness() if device.type == "cpu" else 0.0
-    if name == "bfloat16" and slower > 1:
-        warning = f"this processor emulates it, and takes {slower:.0f} times as long as in float32"
-        say(f"--dtype bfloat16: {warning}")
-    if name == "bfloat16":
-        return torch.bfloat16
     if device.type != "cpu":
-        return model.dtype
+        return torch.bfloat16 if name else model.dtype
+    slower = seconds_of_a_product(torch.bfloat16) / seconds_of_a_product(torch.float32)
+    if name:
+        if slower > 1:
+            cost = f"takes {slower:.0f} times as long as in float32"
+            say(f"--dtype bfloat16: this processor emulates it, and {cost}")
+        return torch.bfloat16
     small = sum(p.numel() for p in model.parameters()) < 10**7  # nothing to gain
     return torch.float32 if small or slower > 1 else torch.bfloat16
 
 
-def bfloat16_slowness() -> float:
-    """-> how many times as long a product takes in bfloat16 as in float32, on this processor."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+def seconds_of_a_product(dtype: torch.dtype) -> float:
+    """-> how long a product takes on this processor: some only emulate bfloat16."""
+    x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 class Progress:
     """One line with step, losses, tokens/s and time left. On a terminal it is refreshed in place;
-    elsewhere there are so many new lines a run."""
+    elsewhere it comes five times a run, or never if `quiet`."""
 
-    def __init__(self, first: int, steps: int, n_lines: int = 5):
+    def __init__(self, first: int, steps: int, quiet: bool = False):
         """Steps done before, and in all."""
-        self.first, self.steps, self.tokens, self.validation = first, steps, 0, None
-        self.every = math.ceil(steps / n_lines) if n_lines else math.inf
+        self.first, self.steps, self.quiet = first, steps, quiet
+        self.tokens, self.validation = 0, None
         self.begin = self.shown = time.perf_counter()
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
@@ -113,16 +108,19 @@ class Progress:
         step, now = int(entry["step"]), time.perf_counter()
         self.tokens += n_tokens
         self.validation = entry.get("validation", self.validation)
-        due = step % self.every == 0 or (step == self.steps and self.every <= self.steps)
-        if self.terminal and step < self.steps:
-            due = now - self.shown > 0.2
-        if due:
-            self.shown, seconds = now, now - self.begin
-            left = seconds / (step - self.first) * (self.steps - step)
-            losses = f"  loss {entry['loss']:.3f}"
-            if self.validation is not None:
-                losses += f"  validation {self.validation:.3f}"
-            speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
-            start = "\r" if self.terminal else ""
-            end = "" if self.terminal and step < self.steps else "\n"
-            say(f"step {step:4}/{self.steps}{losses}  {speed}", start, end)
+        last = step == self.steps
+        if self.terminal:
+            due = last or now - self.shown > 0.2
+        else:
+            due = not self.quiet and (last or step % math.ceil(self.steps / 5) == 0)
+        if not due:
+            return
+        self.shown, seconds = now, now - self.begin
+        left = seconds / (step - self.first) * (self.steps - step)
+        losses = f"  loss {entry['loss']:.3f}"
+        if self.validation is not None:
+            losses += f"  validation {self.validation:.3f}"
+        speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
+        start = "\r" if self.terminal else ""
+        end = "" if self.terminal and not last else "\n"
+        say(f"step {step:4}/{self.steps}{losses}  {speed}", start, end)

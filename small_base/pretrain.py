@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import math
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,51 +35,39 @@ from storage.files import TRAINING, check_place, write_json
 from storage.tokenizers import build_tokenizer, ranks_of, save_tokenizer
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file -> its text. Raises ValueError if it is missing, empty or not UTF-8."""
+def read_text(path: Path) -> str:
+    """A UTF-8 file -> its text. Raises ValueError if it is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
 
 
 def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
     """Texts -> up to n_merges pairs of byte strings, the most frequent neighbours first.
 
-    (Sennrich et al. 2016.) Words are split as GPT-2 splits them and counted once each. A merge
-    revisits only the words that hold it. A run of more than 50 characters is left out: nearly every
-    merge would revisit it.
+    (Sennrich et al. 2016.) Words are split as GPT-2 splits them, and each counts as often as it
+    occurs. The most frequent ones are enough, without runs of more than 50 characters.
     """
     found = (word for text in texts for word in regex.findall(r50k_pat_str, text))
     counts = Counter(word for word in found if len(word) <= 50)
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
-    pairs, where = Counter(), defaultdict(set)
-
-    def count(i: int, sign: int) -> None:
-        parts, n = words[i]
-        for pair in zip(parts, parts[1:]):
-            pairs[pair] += sign * n
-            where[pair].add(i)
-
-    for i in range(len(words)):
-        count(i, +1)
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.most_common(2000)]
     merges = []
-    while pairs and len(merges) < n_merges:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        if pairs[best] < 2:
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for parts, n in words:
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += n
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+        if pairs[best] < 2:  # 0 if there is no pair
             break
         merges.append(best)
-        for i in where[best].copy():
-            count(i, -1)
-            parts, j = words[i][0], 0
-            while j < len(parts) - 1:
-                if (parts[j], parts[j + 1]) == best:
-                    parts[j : j + 2] = [parts[j] + parts[j + 1]]
-                j += 1
-            count(i, +1)
+        for parts, _ in words:
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+                i += 1
     return merges
 
 
@@ -176,15 +164,10 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def pretrain(
-    out: Path,
-    corpus: Sequence[str] = (),
-    sizes: Sequence[int] = (4, 4, 128, 128),
-    steps: int = PRETRAIN_STEPS,
-    lr: float = PRETRAIN_LR,
-    batch_size: int = 16,
-    seed: int = 0,
+    out: Path, corpus: Sequence[str] = (), sizes: Sequence[int] = (4, 4, 128, 128),
+    steps: int = PRETRAIN_STEPS, lr: float = PRETRAIN_LR, batch_size: int = 16, seed: int = 0,
     device: torch.device = torch.device("cpu"),
-) -> None:
+) -> None:  # fmt: skip
     """Makes a base of texts, or of the restaurant world, and saves it with its tokenizer to `out`.
 
     Documents are packed into one stream and read in windows. A base is never overwritten, not even
@@ -205,12 +188,11 @@ def pretrain(
     tokenizer = build_tokenizer(ranks_of(merges))
     stream = packed(documents, tokenizer)
     torch.manual_seed(seed)
-    names = ("n_layer", "n_head", "n_embd", "block_size")
-    config = GPTConfig(tokenizer.n_vocab, **dict(zip(names, sizes)))
-    if len(stream[0]) < 10 * config.block_size:
+    L, H, C, block_size = sizes
+    if len(stream[0]) < 10 * block_size:
         few = f"the corpus has {len(stream[0])} tokens"
-        raise ValueError(f"{few}: give at least {10 * config.block_size} to learn from")
-    model = GPT(config).to(device)
+        raise ValueError(f"{few}: give at least {10 * block_size} to learn from")
+    model = GPT(GPTConfig(tokenizer.n_vocab, block_size, L, H, C)).to(device)
     initialise(model)
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -220,7 +202,7 @@ def pretrain(
     for step in range(1, steps + 1):
         # a short warm-up, a plateau, and a straight line down over the last 30 %
         share = min(1, step / 10, (steps - step + 1) / (0.3 * steps))
-        ids, targets = windows_anywhere(stream, batch_size, config.block_size, generator)
+        ids, targets = windows_anywhere(stream, batch_size, block_size, generator)
         model.zero_grad()
         hidden, _ = model.forward_embeddings(model.wte(ids.to(device)))  # (B, T, C)
         scored = targets != IGNORE
@@ -230,9 +212,10 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = share * peak
             optimizer.step()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss became {loss.item()} with --lr {lr:g}: lower it")
-        progress.show(ids.numel(), {"step": step, "loss": loss.item()})
+        entry = {"step": step, "loss": loss.item()}
+        if not math.isfinite(entry["loss"]):
+            raise ValueError(f"the loss became {entry['loss']} with --lr {lr:g}: lower it")
+        progress.show(ids.numel(), entry)
     if (out / "config.json").exists():
         say(f"{out} was made by another process meanwhile, and stays")
         return
@@ -244,7 +227,8 @@ def pretrain(
 def main(argv: list[str] | None = None) -> None:
     args = pretrain_flags(__doc__, argv)
     start_process()
-    texts, device = [read_text(path) for path in args.corpus], pick_device(args.device)
+    texts = [read_text(path) for path in args.corpus]
+    device = pick_device(args.device)
     pretrain(args.out, texts, args.sizes, args.steps, args.lr, args.batch_size, args.seed, device)
 
 

@@ -38,9 +38,8 @@ NAMES = {  # our names of weights become theirs
         r"\.ln_2": ".post_attention_layernorm",
     },
 }  # fmt: skip
-TRUNK = r"^(transformer|model)\."  # some writers leave it out
+TRUNK = r"^((_orig_mod|transformer|model)\.)*"  # torch.compile puts one in, others leave it out
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no weights, but older files have them
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_base(name_or_dir: str | Path) -> GPT | Llama:
@@ -56,9 +55,12 @@ def load_base(name_or_dir: str | Path) -> GPT | Llama:
     model.name = str(name_or_dir)
     names = {re.sub(TRUNK, "", their_name(name, model)): name for name in model.state_dict()}
     weights = {}
-    for key, tensor in read_weights(directory).items():
-        name = names.get(re.sub(TRUNK, "", key), key)
-        weights[name] = stored(name, tensor)
+    for file in files_of_weights(directory):
+        for key, tensor in read_tensors(file).items():
+            short = re.sub(TRUNK, "", key)
+            name = names.get(short, short)
+            if not name.endswith(BUFFERS):
+                weights[name] = stored(name, tensor)
     tied_head = None if "lm_head.weight" in names else weights.pop("lm_head.weight", None)
     try:
         model.load_state_dict(weights, assign=True)
@@ -67,69 +69,49 @@ def load_base(name_or_dir: str | Path) -> GPT | Llama:
         raise ValueError(f"{directory} lacks what its config.json asks for ({reason})") from None
     if tied_head is not None and not torch.equal(tied_head, model.head):
         raise ValueError(f"{directory}: lm_head.weight differs from the embedding, its tie")
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"{directory}: {name} holds numbers that are not finite: get it anew")
     return model
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """-> the tensors of model.safetensors or of its parts, under the names in the files."""
+def files_of_weights(directory: Path) -> list[Path]:
+    """-> model.safetensors, or its parts. Raises ValueError if there are none."""
     files = [*directory.glob("model.safetensors")] or [*directory.glob("model-*-of-*.safetensors")]
     if not files:
         convert = "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new) of transformers"
         raise ValueError(f"{directory} has no model.safetensors; pytorch_model.bin needs {convert}")
-    tensors = {}
-    for file in files:
-        for key, tensor in read_tensors(file).items():
-            if key.endswith(BUFFERS):
-                continue
-            if tensor.dtype not in FLOATS:
-                found = f"{file}: {key} is {tensor.dtype}"
-                raise ValueError(f"{found}, so quantised: give the base as it was before")
-            tensors[key.replace("_orig_mod.", "")] = tensor  # which torch.compile puts in
-    return tensors
+    return files
 
 
 def read_config(path: Path) -> GPTConfig | LlamaConfig:
     """config.json -> the sizes of its family. Raises ValueError for another architecture."""
     config = {"layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-6} | read_json(path)
-    kind = config.get("model_type", "gpt2")
-    if kind not in list(FAMILIES):  # it may be anything, hashable or not
+    kind = str(config.get("model_type", "gpt2"))
+    if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type is {kind!r}; only {', '.join(FAMILIES)} is loaded")
-    if config.get("quantization_config"):
-        how = f"quantised, by {config['quantization_config']!r:.99}"
-        raise ValueError(f"{path}: this base is {how}: give it as it was before")
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    if type(heads) is type(width) is int and heads > 0:  # what a Llama's config may leave out
+    if kind != "gpt2":  # what a Llama's config may leave out
+        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
         config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
         config["head_dim"] = config.get("head_dim") or width // heads
     sizes = {}
-    for key, value in FAMILIES[kind].items():
+    for key, value in (FAMILIES[kind] | {"quantization_config": [None]}).items():
         found = config.get(key)
-        if isinstance(value, list) and found not in [*value, None]:
-            raise ValueError(f"{path}: {key} is {found!r:.99}, and only {value[0]!r} can be loaded")
-        if isinstance(value, str):
-            number = float if key.endswith(("eps", "epsilon")) else int
-            if type(found) is not number or not 0 < found < (1001 if value == "n_layer" else 10**7):
-                raise ValueError(f"{path}: {key} is {found!r:.99}, which is no size of a model")
+        if isinstance(value, list):
+            fits, wanted = found in [*value, None], repr(value[0])
+        else:
+            number = float if "eps" in key else int
+            fits, wanted = type(found) is number and 0 < found < 10**7, "a size of a model"
             sizes[value] = found
+        if not fits:
+            raise ValueError(f"{path}: {key} is {found!r:.99}, and only {wanted} can be loaded")
     if kind == "gpt2":
-        fits = sizes["n_embd"] % sizes["n_head"] == 0
-    else:
-        fits = sizes["n_head"] % sizes["n_kv_head"] == 0 and sizes["head_dim"] % 2 == 0
-    if not fits:
-        raise ValueError(f"{path}: {sizes} do not divide into heads, of an even width in a Llama")
-    if kind == "gpt2":
+        if sizes["n_embd"] % sizes["n_head"] > 0:
+            raise ValueError(f"{path}: {sizes} do not divide into heads")
         return GPTConfig(**sizes)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = tuple(rope.get(key) for key in LLAMA_3) if rope_type == "llama3" else None
-    numbers = all(type(n) in (int, float) and n > 0 for n in (theta, *(scaling or ())))
-    if rope_type not in ("default", "llama3") or not numbers:
-        raise ValueError(f"{path}: the rotation {rope or theta!r:.300} is not that of Llama 2 or 3")
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"{path}: the rotation {rope!r:.300} is not that of Llama 2 or 3")
+    scaling = tuple(rope[key] for key in LLAMA_3) if rope_type == "llama3" else None
     features = {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
     features["tied"] = config.get("tie_word_embeddings") is True
     return LlamaConfig(**sizes, rope_theta=theta, rope_scaling=scaling, **features)
@@ -138,7 +120,7 @@ def read_config(path: Path) -> GPTConfig | LlamaConfig:
 def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | None = None) -> None:
     """Writes model.safetensors, and last its config.json: by default that of a GPT-2."""
     tensors = {their_name(name, model): stored(name, t) for name, t in model.state_dict().items()}
-    write_tensors(Path(directory) / "model.safetensors", tensors, {"format": "pt"})
+    write_tensors(Path(directory) / "model.safetensors", tensors)
     if config is None:
         end = model.config.vocab_size - 1  # GPT-2 has one token for both ends of a text, its last
         config = {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}
@@ -149,15 +131,11 @@ def save_base(model: Decoder, directory: str | Path, config: dict[str, Any] | No
     write_json(Path(directory) / "config.json", config)
 
 
-def fingerprint(model: Decoder, by_way_of: torch.dtype = torch.bfloat16) -> str:
-    """-> 16 hex digits of the sizes and of the weights in bfloat16: its copy in that has the same.
-
-    A copy in float16 was rounded twice, and has the fingerprint by way of float16.
-    """
+def fingerprint(model: Decoder) -> str:
+    """-> 16 hex digits of the sizes and the weights in bfloat16: its copy in that has the same."""
     digest = hashlib.sha256(repr(model.config).encode())
     for weight in model.state_dict().values():
-        rounded = weight.to(by_way_of).bfloat16().contiguous().cpu()
-        digest.update(rounded.view(torch.uint8).numpy())
+        digest.update(weight.bfloat16().contiguous().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

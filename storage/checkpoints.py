@@ -1,35 +1,28 @@
-"""A run that was interrupted, in one file: the trained numbers, the optimizer's, and the metrics.
+"""A run that was interrupted, in one file: weights, the optimizer's state, metrics and settings.
 
 The order of the examples needs no random state: it follows from the seed and the step.
 """
 
-import json
+import copy
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from storage.adapters import stored_rows
-from storage.files import difference, read_tensors, write_tensors
+from storage.files import difference, read_tensors, replace_file, write_tensors
 
 Metrics = list[dict[str, Any]]  # one entry a step; step 0 and each look also have "validation"
 
 
-def numbers_of(trainee: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """-> all numbers of a training: the weights, and what AdamW keeps of the i-th parameter."""
-    numbers = dict(trainee.state_dict())
-    for i, averages in optimizer.state_dict()["state"].items():
-        numbers |= {f"{i}/{name}": tensor for name, tensor in averages.items()}
-    return numbers
-
-
-def entry_of(scores: Any) -> dict[str, Any]:
+def entry_of(scores: tuple[float, float, list[bool]]) -> dict[str, Any]:
     """What `evaluate` says -> the entry of a look, with the first three rows that are wrong."""
-    wrong = [i for i, exact in enumerate(scores.exact) if not exact][:3]
-    numbers = {"validation": scores.loss, "tokens": scores.tokens}
-    return numbers | {"exact_match": scores.exact_match(), "wrong": wrong}
+    loss, tokens, exact = scores
+    entry = {"validation": loss, "tokens": tokens, "exact_match": 100 * sum(exact) / len(exact)}
+    return entry | {"wrong": [i for i, right in enumerate(exact) if not right][:3]}
 
 
 def curve_of(metrics: Metrics) -> list[tuple[int, float]]:
@@ -54,31 +47,26 @@ class Checkpoint:
 
     def __init__(
         self, directory: Path, settings: dict[str, Any], resume: bool, keep_best: bool,
-        film: list[Path] = [],
+        film: Sequence[Path] = (),
     ):  # fmt: skip
         """Raises ValueError if one is there that is not to be resumed, or none that is.
 
         With a film, each adapter's numbers are kept, look by look, in the folder it names.
         """
-        self.film = film
-        self.file = directory / "checkpoint.safetensors"
-        self.best = directory / "best.safetensors"
-        self.keep_best, self.metrics = keep_best, []
-        self.stored: dict[str, Any] = {}
+        self.file, self.film = directory / "checkpoint.pt", film
+        self.keep_best, self.best = keep_best, None  # the weights of the best look
+        self.metrics: Metrics = []
+        self.stored: dict[str, Any] = {}  # the settings of the run that lies there
+        self.settings: dict[str, Any] = {}  # and of this one
         if self.file.exists():
             self.read()
         elif resume:
             nothing = f"{self.file} does not exist, so there is nothing to resume"
             raise ValueError(f"{nothing}: leave --resume out")
         if self.metrics and not resume:
-            stopped = f"{self.file} is of a run stopped after step {self.step}"
+            stopped = f"{self.file} is of a run stopped after step {self.metrics[-1]['step']}"
             raise ValueError(f"{stopped}: add --resume to go on, or delete it")
-        self.settings: dict[str, Any] = {}
         self.add_settings(settings)
-
-    @property
-    def step(self) -> int:
-        return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def lr(self) -> float | None:
@@ -86,17 +74,15 @@ class Checkpoint:
         return self.metrics[0]["lr"] if self.metrics else None
 
     def read(self) -> None:
-        """Takes metrics and settings from the file. Raises ValueError if it is broken."""
+        """Takes what is in the file. Raises ValueError if it is broken, or somebody else's."""
+        content = io.BytesIO(self.file.read_bytes())
         try:
-            with safe_open(self.file, "pt") as opened:
-                about = opened.metadata()
-            self.metrics, self.stored = json.loads(about["metrics"]), json.loads(about["settings"])
-            curve_of(self.metrics)  # fails where an entry is none
-            whole = self.step > 0 and self.lr > 0 and isinstance(self.stored, dict)
-        except (SafetensorError, RecursionError, AttributeError, LookupError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")
+            state = torch.load(content, map_location="cpu", weights_only=True)
+            self.metrics, self.stored = state["metrics"], state["settings"]
+            self.numbers, self.best = (state["trainee"], state["optimizer"]), state["best"]
+        except Exception as error:  # there are many ways to be broken
+            broken = f"{self.file} is not a whole checkpoint ({error!r:.100})"
+            raise ValueError(f"{broken}: delete it to start anew") from None
 
     def add_settings(self, settings: dict[str, Any]) -> None:
         """Notes what decides how the run goes. Raises ValueError if the stored run differs."""
@@ -108,11 +94,14 @@ class Checkpoint:
 
     def save(self, trainee: nn.Module, optimizer: optim.Optimizer, metrics: Metrics) -> None:
         """Writes the checkpoint. The last one stays until this one is whole."""
-        about = {"metrics": json.dumps(metrics), "settings": json.dumps(self.settings)}
-        write_tensors(self.file, numbers_of(trainee, optimizer), about)
-        self.keep_frame(trainee, metrics[-1]["step"])
         if self.keep_best and looks_since_best(metrics) == 0:
-            write_tensors(self.best, trainee.state_dict())
+            self.best = copy.deepcopy(trainee.state_dict())
+        self.keep_frame(trainee, metrics[-1]["step"])
+        state = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"best": self.best, "metrics": metrics, "settings": self.settings}
+        content = io.BytesIO()
+        torch.save(state, content)
+        replace_file(self.file, content.getbuffer())
 
     def keep_frame(self, adapters: nn.ModuleList, step: int) -> None:
         """Adds each adapter's numbers to its film, a tensor a step. Step 0 begins a new one."""
@@ -126,28 +115,18 @@ class Checkpoint:
         if not self.metrics:
             self.keep_frame(trainee, 0)
             return []
-        for p in trainee.parameters():
-            if p.requires_grad:  # AdamW makes these at its first step
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(0.0)} | zeros
-        numbers, stored = numbers_of(trainee, optimizer), read_tensors(self.file)
-        shapes = {name: tensor.shape for name, tensor in numbers.items()}
-        whole = shapes == {name: tensor.shape for name, tensor in stored.items()}
-        steps = [tensor for name, tensor in stored.items() if name.endswith("/step")]
-        if not whole or any(step != self.step for step in steps):
-            raise ValueError(f"{self.file} is not a whole checkpoint: delete it to start anew")
-        for name, tensor in numbers.items():
-            tensor.copy_(stored[name])
+        weights, averages = self.numbers
+        trainee.load_state_dict(weights)
+        optimizer.load_state_dict(averages)
         return list(self.metrics)
 
     def restore_best(self, trainee: nn.Module, metrics: Metrics) -> dict[str, Any]:
         """Goes back to the best numbers, if they were kept -> the look at what is there now."""
         if not self.keep_best:
             return metrics[-1]
-        trainee.load_state_dict(read_tensors(self.best))
+        trainee.load_state_dict(self.best)
         return best_look(metrics)
 
     def end(self) -> None:
         """Removes what only an interrupted run needs."""
-        for file in (self.file, self.best):
-            file.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ No directory is ever emptied or removed, and no file replaced that another train
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ OURS = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokeniz
 OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "metrics.jsonl", TRAINING]
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Writes a file in one go: whoever dies on the way leaves the old one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{secrets.token_hex(4)}.new")
@@ -36,11 +37,9 @@ def write_json(path: Path, record: Any, **style: Any) -> None:
     replace_file(path, (json.dumps(record, indent=2, **style) + "\n").encode())
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, save(tensors, metadata))
+    replace_file(path, save(tensors, {"format": "pt"}))  # transformers asks for the format
 
 
 def saved_file(path: Path) -> Path:
@@ -74,10 +73,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Settings of an earlier run and of this one -> the first that differs, in words."""
     for key, value in now.items():
-        if before.get(key) != value and key == "examples":  # a hash would tell nobody anything
-            return "it was trained on other examples"
         if before.get(key) != value:
-            return f"{key} {before.get(key)}, not {value}"
+            in_words = f"{key} {before.get(key)}, not {value}"
+            return "it was trained on other examples" if key == "examples" else in_words
     return None
 
 
@@ -97,11 +95,9 @@ def check_place(directory: Path, settings: dict[str, Any]) -> None:
 
 def check_writable(directory: Path) -> None:
     """Makes a directory and a file in it: better to fail before hours of training than after."""
-    probe = directory / f".{secrets.token_hex(4)}.new"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         reason = f"{directory} cannot be written to ({error.strerror})"
         raise ValueError(f"{reason}: name another place") from None
@@ -109,9 +105,8 @@ def check_writable(directory: Path) -> None:
 
 def check_predictions(file: Path) -> None:
     """Raises ValueError if something else than predictions is there, or no file can be made."""
-    if file.exists():
-        with open(file if file.is_file() else os.devnull, errors="replace") as opened:
-            if '"prediction": ' not in opened.readline(10**6):
-                sentence = f"{file} holds no predictions, and is not overwritten"
-                raise ValueError(f"{sentence}: name another file for them")
+    content = file.read_bytes() if file.is_file() else b""
+    if file.exists() and b'"prediction": ' not in content:
+        sentence = f"{file} holds no predictions, and is not overwritten"
+        raise ValueError(f"{sentence}: name another file for them")
     check_writable(file.parent)

@@ -5,19 +5,16 @@ import re
 from functools import cache
 from pathlib import Path
 
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-HUB_REPOS = {name: f"openai-community/{name}" for name in OPENAI}
-HUB_REPOS["distilgpt2"] = "distilbert/distilgpt2"
 TOKENIZER = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"]
 TOKENIZER += ["chat_template.jinja", "generation_config.json"]
 
 
 def base_directory(name_or_dir: str | Path) -> Path:
-    """A directory -> itself. A name on the hub, OWNER/NAME or gpt2 -> the folder of its files."""
-    repo = HUB_REPOS.get(str(name_or_dir), str(name_or_dir))
-    if os.path.isdir(name_or_dir) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        return Path(name_or_dir)
-    return download(repo)
+    """A directory -> itself. A name on the hub, gpt2 or OWNER/NAME -> the folder of its files."""
+    name = str(name_or_dir)
+    if os.path.isdir(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return Path(name)
+    return download(name)
 
 
 @cache  # one revision a process, for weights and tokenizer
@@ -31,9 +28,7 @@ def download(repo: str) -> Path:
     except ImportError:
         reason, remedy = "huggingface_hub is not installed", "pip install huggingface_hub"
     except Exception as error:  # its own kinds, the network's, the disk's
-        reason, remedy = " ".join(str(error).split())[:300], "check the name and the network"
-        if type(error).__name__ == "GatedRepoError":
-            remedy = f"accept its terms on https://huggingface.co/{repo}, then run `hf auth login`"
+        reason, remedy = " ".join(str(error).split())[:500], "check the name and the network"
     by_hand = "or name a directory with its config.json, model.safetensors and tokenizer.json"
     found = f"{repo} is no directory here, and cannot be downloaded ({reason})"
     raise ValueError(f"{found}: {remedy}, {by_hand}")

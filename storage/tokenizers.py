@@ -21,7 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2's alphabet: a character for each byte, itself if it is printable; those come first
 BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or b == ord(" "), b))
 CHARACTER = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(BYTES)}
-BYTE = {character: b for b, character in CHARACTER.items()}
+BYTE = {ord(character): b for b, character in CHARACTER.items()}
 # SmolLM2's splits: GPT-2's of 2019, with every digit alone, and spaces before it
 ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
@@ -39,8 +39,8 @@ class Encoding(tiktoken.Encoding):
         self.eot_token, self.compose = end, compose
         self.known_ids = {*ranks.values(), *added.values()}
         self.known_bytes = {token[0] for token in ranks if len(token) == 1}
-        longest_first = sorted(added, key=len, reverse=True)
-        self.added = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        longer_first = sorted(added, reverse=True)  # <a><b> before <a>
+        self.added = re.compile(f"({'|'.join(map(re.escape, longer_first))})")
 
     def encode(self, text: str, *, allowed_special: str = "all") -> list[int]:
         """A text -> its ids. An added token in it, such as <think>, is the one id that it is."""
@@ -75,19 +75,20 @@ def ranks_of(merges: list[tuple[bytes, bytes]]) -> dict[bytes, int]:
 
 
 def token_bytes(token: str) -> bytes:
-    return bytes(BYTE[character] for character in token)
+    """A token in GPT-2's alphabet -> the bytes that it stands for."""
+    return token.translate(BYTE).encode("latin-1")
+
+
+def token_text(token: bytes) -> str:
+    return token.decode("latin-1").translate(CHARACTER)
 
 
 def save_tokenizer(directory: str | Path, merges: list[tuple[bytes, bytes]]) -> None:
     """Writes vocab.json and merges.txt as GPT-2 has them."""
-
-    def readable(token: bytes) -> str:
-        return "".join(CHARACTER[b] for b in token)
-
-    vocab = {readable(token): i for token, i in ranks_of(merges).items()}
+    vocab = {token_text(token): i for token, i in ranks_of(merges).items()}
     vocab[END_OF_TEXT] = len(vocab)
     replace_file(Path(directory) / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
-    lines = ["#version: 0.2"] + [f"{readable(a)} {readable(b)}" for a, b in merges]
+    lines = ["#version: 0.2"] + [f"{token_text(a)} {token_text(b)}" for a, b in merges]
     replace_file(Path(directory) / "merges.txt", ("\n".join(lines) + "\n").encode())
 
 
@@ -107,23 +108,15 @@ def load_tokenizer(name_or_dir: str | Path) -> Encoding:
     directory = base_directory(name_or_dir)
     config, path = read_json(directory / "config.json"), directory / "tokenizer.json"
     found = read_json(path) if path.exists() else read_two_files(directory)
-    normalizer = found.get("normalizer")
+    said = [config.get("eos_token_id"), tokenizer_config(directory).get("eos_token"), END_OF_TEXT]
+    end = next(each for each in said if each is not None)
+    end = end[0] if isinstance(end, list) and end else end  # the first of several
     try:
-        ranks, added = read_vocabulary(found)
-        pattern = split_pattern(found["pre_tokenizer"])
-        if normalizer not in (None, {"type": "NFC"}):
-            raise ValueError(f"its normalizer is {normalizer}")
+        return read_tokenizer(found, end, config["vocab_size"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        path = path if path.exists() else f"{directory}/vocab.json with merges.txt"
-        kinds = "GPT-2, SmolLM2, Llama 3 and Qwen"
-        reason = f"is no byte-level BPE like those of {kinds} ({error!r:.300})"
-        raise ValueError(f"{path} {reason}: copy the files of such a model") from None
-    end, size = end_of_text(directory, config, added), config.get("vocab_size")
-    tokenizer = Encoding(ranks, added, end, pattern, compose=normalizer is not None)
-    if type(size) is not int or tokenizer.n_vocab > size:
-        sizes = f"a tokenizer of {tokenizer.n_vocab} tokens, a model of {size}"
-        raise ValueError(f"{directory}: {sizes}: copy the files of one model again")
-    return tokenizer
+        reason = f"its tokenizer cannot be used ({error!r:.300})"
+        remedy = "give files that fit together, like those of GPT-2, SmolLM2, Llama 3 or Qwen"
+        raise ValueError(f"{directory}: {reason}: {remedy}") from None
 
 
 def read_two_files(directory: Path) -> dict[str, Any]:
@@ -137,38 +130,37 @@ def read_two_files(directory: Path) -> dict[str, Any]:
     }
 
 
-def read_vocabulary(found: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]:
-    """A tokenizer.json -> the ids of byte strings, and of added tokens. Raises if it is no BPE."""
-    model, added = found["model"], {}
-    for token in found["added_tokens"]:
-        added[str(token["content"])] = token["id"]
-        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise ValueError(f"{token['content']!r} depends on what is beside it")
+def read_tokenizer(found: dict[str, Any], end: int | str, n_vocab: int) -> Encoding:
+    """A tokenizer.json, the token that ends a text, and the model's size -> the same for tiktoken.
+
+    Raises if it is no byte-level BPE, or splits texts in a way that is not known here.
+    """
+    model, normalizer = found["model"], found.get("normalizer")
+    added = {token["content"]: token["id"] for token in found["added_tokens"]}
     ranks = {token_bytes(t): i for t, i in model["vocab"].items() if t not in added}
-    ids = [*ranks.values(), *added.values()]
-    numbers = all(type(i) is int and 0 <= i < 2**31 for i in ids)
-    if not numbers or len({*ids}) < len(ids) or "" in added:  # tiktoken would panic
-        raise ValueError("two tokens of one id, an id that is none, or an empty token")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    made = [ranks[token_bytes(a) + token_bytes(b)] for a, b in pairs]
-    unmade = {i for token, i in ranks.items() if len(token) > 1} - {*made}
-    if made != sorted(made) or unmade and not model.get("ignore_merges"):
+    made = [ranks.get(token_bytes(a + b)) for a, b in pairs]
+    if None in made or made != sorted(made):  # tiktoken merges in the order of the ids
         raise ValueError("its merges do not make its tokens in the order of their ids")
-    return ranks, added
-
-
-def split_pattern(pre_tokenizer: dict[str, Any]) -> str:
-    """How texts are split before merging -> as one pattern. Raises if that is not known."""
-    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if last["type"] == "ByteLevel" and last["add_prefix_space"] is False:
-        match splits, last.get("use_regex", True):  # True: it splits as GPT-2's
-            case [], True:
-                return r50k_pat_str
-            case [{"type": "Digits", "individual_digits": True}], True:
-                return ONE_DIGIT
-            case [{"type": "Split", "pattern": {"Regex": str(own)}, "behavior": "Isolated"}], False:
-                return own
-    raise ValueError(f"its pre_tokenizer is {pre_tokenizer}")
+    ids = [*ranks.values(), *added.values()]
+    if len({*ids} & {*range(n_vocab)}) < len(ids):
+        raise ValueError(f"its {len(ids)} tokens have not {len(ids)} ids of the model's {n_vocab}")
+    end = added.get(end) if isinstance(end, str) else end
+    if end not in added.values():
+        none = f"eos_token_id is {end!r:.99}, none of its added tokens"
+        raise ValueError(f"{none}: put the id that ends a text into config.json")
+    if normalizer not in (None, {"type": "NFC"}):
+        raise ValueError(f"its normalizer is {normalizer}")
+    match found["pre_tokenizer"].get("pretokenizers", [found["pre_tokenizer"]]):
+        case [{"type": "ByteLevel", "add_prefix_space": False}]:
+            pattern = r50k_pat_str
+        case [{"type": "Digits"}, {"type": "ByteLevel", "add_prefix_space": False}]:
+            pattern = ONE_DIGIT
+        case [{"type": "Split", "pattern": {"Regex": own}}, {"type": "ByteLevel"}]:
+            pattern = own
+        case other:
+            raise ValueError(f"its pre_tokenizer is {other}")
+    return Encoding(ranks, added, end, pattern, compose=normalizer is not None)
 
 
 def tokenizer_config(directory: Path) -> dict[str, Any]:
@@ -179,21 +171,6 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
         if key.endswith("_token") and isinstance(value, dict):
             config[key] = value.get("content")
     return config
-
-
-def end_of_text(directory: Path, config: dict[str, Any], added: dict[str, int]) -> int:
-    """-> the id that ends a text, from the first file that says it. Raises ValueError if none."""
-    path = directory / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    said = [config.get("eos_token_id"), generation.get("eos_token_id")]
-    said += [tokenizer_config(directory).get("eos_token"), END_OF_TEXT]
-    end = next(each for each in said if each is not None)
-    end = end[0] if isinstance(end, list) and end else end  # the first of several
-    end = added.get(end) if isinstance(end, str) else end
-    if end not in added.values():
-        found = f"eos_token_id is {end!r:.99}, which is none of its added tokens"
-        raise ValueError(f"{directory}: {found}: put the id that ends a text into config.json")
-    return end
 
 
 def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]]], str]:
@@ -211,10 +188,7 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
             template = named.get("template")
     if not isinstance(template, str):
         raise ValueError(f"{directory} has no chat template: give an instruct model, or no --chat")
-    variables = {"add_generation_prompt": True, "tools": None, "documents": None}
-    for key, text in config.items():
-        if key.endswith("_token") and isinstance(text, str):
-            variables[key] = text
+    tokens = {key: text for key, text in config.items() if key.endswith("_token") and text}
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -224,12 +198,13 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
         loader=jinja2.DictLoader({"chat": template}),  # which compiles it once
     )  # fmt: skip
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None}
     environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
-    environment.globals["raise_exception"] = raise_exception
 
     def render(messages: list[dict[str, Any]]) -> str:
         try:
-            return environment.get_template("chat").render(messages=messages, **variables)
+            chat = environment.get_template("chat")
+            return chat.render(messages=messages, add_generation_prompt=True, **tokens)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"the chat template of {directory} fails ({error!r:.200})") from None
 

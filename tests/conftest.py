@@ -21,12 +21,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 from blank import EXERCISES  # noqa: E402
 
+import command.answers  # noqa: E402
+import command.models  # noqa: E402
 import train  # noqa: E402
+from command.answers import answers  # noqa: E402
 from command.process import start_process  # noqa: E402
 from data import Example  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from model import GPT, Decoder, GPTConfig  # noqa: E402
-from small_base import pretrain  # noqa: E402
+from small_base.pretrain import pretrain  # noqa: E402
 from small_base.world import task_examples  # noqa: E402
 from storage.checkpoints import Checkpoint  # noqa: E402
 
@@ -74,6 +77,19 @@ def process() -> None:
     start_process()
 
 
+@pytest.fixture(autouse=True)
+def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run's end takes longer than its training: no curve, and answers of a few tokens."""
+    if "curve" not in request.node.name:
+        monkeypatch.setattr(command.models, "draw_curve", lambda *_: None)
+
+    def few_tokens(*given) -> list[str]:
+        *given, limit = given
+        return answers(*given, min(limit, 5))
+
+    monkeypatch.setattr(command.answers, "answers", few_tokens)
+
+
 @pytest.fixture(params=["gpt2", "llama"])
 def model(request: pytest.FixtureRequest) -> Decoder:
     """What holds of the methods holds on both families."""
@@ -92,9 +108,9 @@ def write_jsonl(path: Path, examples: list[Example]) -> None:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> str:
-    """A small base of forty steps, enough to know words. Beside it lie forty examples of a task."""
+    """A small base of thirty steps: it knows words. Beside it lie forty examples of a task."""
     directory = tmp_path_factory.mktemp("base")
-    pretrain.main(["--steps", "40", "--device", "cpu", "--out", str(directory / "mini")])
+    pretrain(directory / "mini", steps=30, batch_size=4)
     write_jsonl(directory / "forty.jsonl", task_examples("sentence", "train", 40, 0))
     return str(directory / "mini")
 

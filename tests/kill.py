@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from safetensors import safe_open  # noqa: E402
+import torch  # noqa: E402
 
 import train  # noqa: E402
 from command.models import load_adapters  # noqa: E402
@@ -52,7 +52,7 @@ print(touches, own)
 
 
 def start(folder: Path, fatal: int = 0) -> subprocess.Popen:
-    root, checkpoint = str(Path(train.__file__).parent), folder / OUT / "checkpoint.safetensors"
+    root, checkpoint = str(Path(train.__file__).parent), folder / OUT / "checkpoint.pt"
     lines = [json.dumps({"input": letter, "target": letter}) + "\n" for letter in "abcdefgh"]
     (folder / "few.jsonl").write_text("".join(lines))
     resume = ["--resume"] if checkpoint.exists() else []
@@ -69,9 +69,8 @@ def check_what_is_there(folder: Path) -> str:
         model = load_base(base)
         load_tokenizer(base)
         found.append("a base")
-    if (out / "checkpoint.safetensors").exists():
-        with safe_open(out / "checkpoint.safetensors", "pt") as opened:
-            step = json.loads(opened.metadata()["metrics"])[-1]["step"]
+    if (out / "checkpoint.pt").exists():
+        step = torch.load(out / "checkpoint.pt")["metrics"][-1]["step"]
         found.append(f"a checkpoint of step {step}")
     if (out / "adapter_config.json").exists():
         load_adapters(out, model)

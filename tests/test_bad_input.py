@@ -23,6 +23,7 @@ import data
 import generate
 import train
 from command.console import run_command
+from command.examples import read_jsonl
 from command.flags import RECIPES, generate_flags, train_flags
 from model import GPT, GPTConfig
 from prefix import Prefix
@@ -44,40 +45,16 @@ CHAT = (
     "{% for message in messages %}{{ message.role + ': ' + message.content | trim }}"
     "{{ eos_token }}{% endfor %}"
 )
-ELSEWHERE = [
-    "/etc/passwd",
-    "../data.jsonl",
-    "https://example.com/x",
-    "__import__('os').abort()",
-    "os.abort",
-]
-NUMBERS = [
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    16,
-    257,
-    2**31,
-    2**63 - 1,
-    2**64,
-    10**30,
-    -1,
-    1.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-]
+ELSEWHERE = ["/etc/passwd", "../data.jsonl", "https://example.com/x", "__import__('os').abort()"]
+NUMBERS = [0, 1, 2, 3, 7, 8, 16, 257, 2**31, 2**63 - 1, 2**64, 10**30]
+NUMBERS += [-1, 1.5, 1e308, float("nan"), float("inf")]
 
 
 def text(rng: random.Random) -> str:
     """Characters of every plane of Unicode, with control characters and halves of pairs."""
     starts = [0, 0, 0x80, 0x2000, 0xD7F0, 0xFFF0, *range(0x10000, 0x110000, 0x10000)]
-    return "".join(
-        chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(rng.choice([0, 1, 3, 20]))
-    )
+    length = rng.choice([0, 1, 3, 20])
+    return "".join(chr(rng.choice(starts) + rng.randrange(0x30)) for _ in range(length))
 
 
 def anything(rng: random.Random, depth: int = 3):
@@ -97,13 +74,8 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.choice([1, 5])):
         changed[rng.randrange(len(changed))] = rng.randrange(256)
-    pieces = [
-        content[:a],
-        content + some,
-        content[:a] + some + content[b:],
-        content[:b] + content[a:],
-        bytes(changed),
-    ]
+    pieces = [content[:a], content + some, content[:a] + some + content[b:]]
+    pieces += [content[:b] + content[a:], bytes(changed)]
     return rng.choice([content, *pieces, b"", b"[" * 10**5])
 
 
@@ -117,16 +89,8 @@ def changed_tensor(rng: random.Random, content: bytes) -> bytes:
     tensors = load(content)
     name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
-    dtype = rng.choice(
-        [
-            torch.float64,
-            torch.bfloat16,
-            torch.float8_e4m3fn,
-            torch.float8_e5m2,
-            torch.int64,
-            torch.bool,
-        ]
-    )
+    dtypes = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    dtype = rng.choice([*dtypes, torch.int64, torch.bool])
     changed = [tensor.to(dtype), tensor[None], tensor.flatten(), tensor * torch.nan, tensor * 1e38]
     new = rng.choice(changed + ([tensor[:-1], tensor[:0]] if tensor.dim() else [])).clone()
     new = rng.choice([{name: new}, {"other": tensor}, {"lm_head.weight": new, name: tensor}, {}])
@@ -137,57 +101,30 @@ def changed_value(rng: random.Random, content: bytes) -> bytes:
     """A JSON object of which one value is anything, or missing."""
     found = json.loads(content)
     key = rng.choice(list(found))
-    new = (
-        found | {key: anything(rng)}
-        if rng.random() < 0.8
-        else {k: v for k, v in found.items() if k != key}
-    )
-    return json.dumps(new).encode()
+    found[key] = anything(rng)
+    if rng.random() < 0.2:
+        del found[key]
+    return json.dumps(found).encode()
+
+
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1}  # bytes a number
 
 
 def header(rng: random.Random, name: str) -> bytes:
-    """A file with a header of plausible and of impossible numbers."""
-    dtypes = [
-        "F64",
-        "F32",
-        "F16",
-        "BF16",
-        "I64",
-        "U8",
-        "BOOL",
-        "F8_E4M3",
-        "F8_E5M2",
-        "F8_E8M0",
-        "C64",
-        "F4",
-        "X",
-    ]
-    tensors = {}
-    for tensor in rng.sample([name, "other", text(rng)], rng.choice([1, 1, 2])):
-        shape = [
-            rng.choice([0, 1, 3, 4, 16, 96, 2**40, 2**63, -1])
-            for _ in range(rng.choice([0, 1, 2, 2, 3]))
-        ]
-        offsets = [
-            rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4]),
-            rng.choice([0, 256, 1536, 2**40, 2**64]),
-        ]
-        tensors[tensor] = {"dtype": rng.choice(dtypes), "shape": shape, "data_offsets": offsets}
-    if rng.random() < 0.5:  # one that holds together, but for its numbers
-        width, size = rng.choice(
-            [("F64", 8), ("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 1), ("F8_E8M0", 1)]
-        )
-        rows, columns = rng.choice([(4, 16), (4, 96), (0, 96), (4, 0)])
-        tensors = {
-            name: {
-                "dtype": width,
-                "shape": [rows, columns],
-                "data_offsets": [0, size * rows * columns],
-            }
-        }
-        body = bytes(rng.choices([0, 60, 127, 128, 255], k=size * rows * columns))
+    """A safetensors file that holds together, but for its numbers; or one that does not."""
+    if rng.random() < 0.5:
+        dtype, shape = rng.choice(list(WIDTHS)), rng.choice([(4, 16), (4, 96), (0, 96), (4, 0)])
+        body = bytes(rng.choices([0, 60, 127, 128, 255], k=WIDTHS[dtype] * shape[0] * shape[1]))
+        tensors = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, len(body)]}}
     else:
-        body = bytes(rng.choice([0, 256, 1536]))
+        body, tensors = bytes(rng.choice([0, 256, 1536])), {}
+        for tensor in rng.sample([name, "other", text(rng)], rng.choice([1, 1, 2])):
+            dtype = rng.choice([*WIDTHS, "I64", "U8", "BOOL", "F8_E5M2", "C64", "F4", "X"])
+            sizes = [0, 1, 3, 4, 16, 96, 2**40, 2**63, -1]
+            shape = rng.choices(sizes, k=rng.choice([0, 1, 2, 2, 3]))
+            start = rng.choice([0, 0, 4, 256, 1536, 2**40, 2**64, -4])
+            offsets = [start, rng.choice([0, 256, 1536, 2**40, 2**64])]
+            tensors[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     head = json.dumps(tensors).encode()
     return struct.pack("<Q", rng.choice([len(head)] * 9 + [2**40])) + head + body
 
@@ -202,15 +139,13 @@ def places(tmp_path_factory) -> Path:
     save_adapter(Prefix(torch.randn(model.kv_shape(4))), directory / "prefix", model)
     save_adapter(SoftPrompt(torch.randn(4, C)), directory / "soft_prompt", model)
     for kind in ("prefix", "soft_prompt"):  # as they were saved before there were two fingerprints
-        write_json(
-            directory / kind / "base.json", {"base": "base", "fingerprint": fingerprint(model)}
-        )
+        named = {"base": "base", "fingerprint": fingerprint(model)}
+        write_json(directory / kind / "base.json", named)
     newer = directory / "newer"
     write_json(newer / "config.json", {"model_type": "gpt2", "vocab_size": 267})
     write_json(newer / "tokenizer.json", read_two_files(directory / "base"))
-    write_json(
-        newer / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHAT}
-    )
+    own = {"eos_token": "<|endoftext|>", "chat_template": CHAT}
+    write_json(newer / "tokenizer_config.json", own)
     lines = [json.dumps({"input": letter, "target": "b"}) + "\n" for letter in "acd"]
     (directory / "data.jsonl").write_text("".join(lines))
     return directory
@@ -251,9 +186,8 @@ def check(action, directory: Path, case) -> bool:
         action()
     except BaseException as raised:
         error = raised
-    assert error is None or type(error) is ValueError and len(str(error)) > 20, (
-        f"{error!r:.1000} for {case!r:.2000}"
-    )
+    said = f"{error!r:.1000} for {case!r:.2000}"
+    assert error is None or type(error) is ValueError and len(str(error)) > 20, said
     assert contents(directory) == before, case
     return error is None
 
@@ -266,25 +200,21 @@ class Watch:
         sys.addaudithook(self.note)  # for good: an audit hook cannot be removed
 
     def note(self, event: str, arguments: tuple) -> None:
-        if self.on and not event.startswith(
-            ("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")
-        ):
-            self.seen.add(
-                (event, str(Path(arguments[0]).parent) if event == "open" else repr(arguments))
-            )
+        harmless = ("builtins.", "object.", "sys.", "gc.", "pathlib.Path.glob", "os.scandir")
+        if self.on and not event.startswith(harmless):
+            what = str(Path(arguments[0]).parent) if event == "open" else repr(arguments)
+            self.seen.add((event, what))
 
 
 WATCH = Watch()
 
 
-def check_file(
-    places: Path, directory: str, file: str, make, use, n: int, inert: bool = True
-) -> None:
+def check_file(places: Path, file: str, make, use, n: int, inert: bool = True) -> None:
     """n drawn contents of one file, each loaded and used; some succeed and some do not.
 
     Whatever a file says, nothing is done but to read the files of its own directory, if `inert`.
     """
-    rng, path = random.Random(f"{directory} {file}"), places / directory / file
+    rng, path = random.Random(file), places / file
     whole, outcomes = path.read_bytes(), set()
     use(path.parent)  # whatever Python imports on the first time is imported now
 
@@ -297,7 +227,8 @@ def check_file(
 
     try:
         for i in range(n):
-            path.write_bytes(content := make(rng, whole) if i else whole)
+            content = make(rng, whole) if i else whole
+            path.write_bytes(content)
             outcomes.add(check(watched, places, content))
             assert not inert or WATCH.seen <= {("open", str(path.parent))}, content
     finally:
@@ -334,12 +265,11 @@ def test_bad_lines_of_data(places):
     tokenizer, formats = load_tokenizer(places / "base"), set()
 
     def use() -> None:
-        examples = data.read_jsonl(path, say=str)
+        examples = read_jsonl(path, say=str)
         for row, example in zip(data.encode(tokenizer, examples, json.dumps), examples):
-            given, said = example.input, json.loads(tokenizer.decode(row.source))
-            assert said == (
-                [{"role": "user", "content": given}] if isinstance(given, str) else given
-            )
+            given = example.input
+            said = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            assert json.loads(tokenizer.decode(row.source)) == said
             assert tokenizer.decode(row.target[:-1]) == example.target
             formats.add(type(given))
         for row, example in zip(data.encode(tokenizer, examples), examples):
@@ -357,32 +287,29 @@ def test_bad_lines_of_data(places):
 
 @pytest.mark.parametrize("kind", ["prefix", "soft_prompt"])
 def test_bad_adapters(places, kind):
+    """What loads has a cache that the model can read."""
     model = load_base(places / "base")
 
     def use(directory: Path) -> None:
         model(random_ids(1, 3), load_adapter(directory, model).past_kv(model))
 
-    check_file(places, kind, "adapter_config.json", changed_value, use, 100)
-    check_file(places, kind, "adapter_config.json", damaged, use, 50)
-    check_file(places, kind, "base.json", changed_value, use, 50)
-    check_file(places, kind, "base.json", damaged, use, 50)
-    check_file(places, kind, "adapter_model.safetensors", damaged, use, 50)
-    check_file(places, kind, "adapter_model.safetensors", changed_tensor, use, 50)
-    check_file(
-        places,
-        kind,
-        "adapter_model.safetensors",
-        lambda rng, _: header(rng, "prompt_embeddings"),
-        use,
-        100,
-    )
+    def new_header(rng: random.Random, _) -> bytes:
+        return header(rng, "prompt_embeddings")
+
+    check_file(places, f"{kind}/adapter_config.json", changed_value, use, 100)
+    check_file(places, f"{kind}/adapter_config.json", damaged, use, 50)
+    check_file(places, f"{kind}/base.json", changed_value, use, 50)
+    check_file(places, f"{kind}/base.json", damaged, use, 50)
+    for make, n in ((damaged, 50), (changed_tensor, 50), (new_header, 100)):
+        check_file(places, f"{kind}/adapter_model.safetensors", make, use, n)
 
 
 def test_bad_bases(places):
-    check_file(places, "base", "config.json", changed_value, use_base, 50)
-    check_file(places, "base", "config.json", damaged, use_base, 30)
-    check_file(places, "base", "model.safetensors", damaged, use_base, 30)
-    check_file(places, "base", "model.safetensors", changed_tensor, use_base, 60)
+    """What loads can read a token, and has a fingerprint."""
+    check_file(places, "base/config.json", changed_value, use_base, 50)
+    check_file(places, "base/config.json", damaged, use_base, 30)
+    check_file(places, "base/model.safetensors", damaged, use_base, 30)
+    check_file(places, "base/model.safetensors", changed_tensor, use_base, 60)
 
 
 def test_bad_checkpoints(places):
@@ -405,48 +332,22 @@ def test_bad_checkpoints(places):
         assert trainee[0].vectors.shape == (2, C)
         step(trainee, optimizer)
 
-    def changed_metadata(rng: random.Random, content: bytes) -> bytes:
-        metadata = metadata_of(content)
-        key = rng.choice(sorted(metadata))
-        values = [
-            "null",
-            "[]",
-            "{}",
-            "0.5",
-            '"2"',
-            "[[]]",
-            "[[0]]",
-            "[[0, 1, 2]]",
-            '[["a", 1]]',
-            "[" * 10**4,
-            "",
-            "\x1b🙂",
-            None,
-        ]
-        value = rng.choice(values) if rng.random() < 0.5 else json.dumps(anything(rng))
-        value = str(rng.choice(NUMBERS)) if rng.random() < 0.2 else value
-        return save(
-            load(content), {k: v for k, v in (metadata | {key: value}).items() if v is not None}
-        )
-
     trainee, optimizer = fresh()
     step(trainee, optimizer)
     (places / "run").mkdir()
     metrics = [{"step": 0, "lr": 0.1, "validation": 1.0}, {"step": 1, "loss": 1.0}]
     Checkpoint(places / "run", settings, False, False).save(trainee, optimizer, metrics)
-    check_file(places, "run", "checkpoint.safetensors", damaged, use, 50)
-    check_file(places, "run", "checkpoint.safetensors", changed_tensor, use, 100)
-    check_file(places, "run", "checkpoint.safetensors", changed_metadata, use, 100)
+    check_file(places, "run/checkpoint.pt", damaged, use, 100)
 
 
 def test_bad_tokenizers(places):
     """GPT-2's two files, and the one of newer models."""
-    check_file(places, "base", "vocab.json", changed_value, use_tokenizer, 100)
-    check_file(places, "base", "vocab.json", damaged, use_tokenizer, 50)
-    check_file(places, "base", "merges.txt", damaged, use_tokenizer, 50)
-    check_file(places, "newer", "tokenizer.json", changed_value, use_tokenizer, 100)
-    check_file(places, "newer", "tokenizer.json", damaged, use_tokenizer, 50)
-    check_file(places, "newer", "tokenizer_config.json", changed_value, use_tokenizer, 50)
+    check_file(places, "base/vocab.json", changed_value, use_tokenizer, 100)
+    check_file(places, "base/vocab.json", damaged, use_tokenizer, 50)
+    check_file(places, "base/merges.txt", damaged, use_tokenizer, 50)
+    check_file(places, "newer/tokenizer.json", changed_value, use_tokenizer, 100)
+    check_file(places, "newer/tokenizer.json", damaged, use_tokenizer, 50)
+    check_file(places, "newer/tokenizer_config.json", changed_value, use_tokenizer, 50)
 
 
 def test_bad_chat_templates(places):
@@ -456,10 +357,10 @@ def test_bad_chat_templates(places):
         load_chat_template(directory)([{"role": "user", "content": "a"}])
 
     # jinja2 makes Python of a template, which its sandbox then runs
-    check_file(places, "newer", "tokenizer_config.json", changed_value, use, 100, inert=False)
-    check_file(places, "newer", "tokenizer_config.json", damaged, use, 50, inert=False)
+    check_file(places, "newer/tokenizer_config.json", changed_value, use, 100, inert=False)
+    check_file(places, "newer/tokenizer_config.json", damaged, use, 50, inert=False)
     (places / "newer" / "chat_template.jinja").write_text(CHAT)
-    check_file(places, "newer", "chat_template.jinja", damaged, use, 100, inert=False)
+    check_file(places, "newer/chat_template.jinja", damaged, use, 100, inert=False)
 
 
 PROGRAMS = {train: train_flags, generate: generate_flags}

@@ -5,6 +5,7 @@ import weakref
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 
 import common
 import compare
@@ -33,7 +34,7 @@ def flags(base, tmp_path, monkeypatch) -> list[str]:
     return ["--base", base, "--device", "cpu", "--data", str(Path(base).parent / "forty.jsonl")]
 
 
-# ------------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def test_attention_is_what_the_model_computes(model):
@@ -79,10 +80,10 @@ def test_what_was_counted_is_freed(gpt2):
 @pytest.mark.parametrize("kind", [Prefix, SoftPrompt])
 @pytest.mark.parametrize("B, T, P", [(10, 75, 20), (8, 75, 60), (4, 120, 5)])
 def test_what_is_kept_for_backward_is_as_the_readme_says(kind, B, T, P):
-    """A layer keeps 9·C numbers a position in GPT-2, 3·C + 2·K·D + 3·I in a Llama; 2·K·D a virtual
-    token and H·T·S attention weights a row; and a soft prompt's own, once a batch.
+    """The formula tells what a training step keeps, to two percent.
 
-    To two percent: the first layer keeps less, for its text takes no gradients; the loss keeps more.
+    A layer keeps 9·C numbers a position in GPT-2, 3·C + 2·K·D + 3·I in a Llama; 2·K·D a virtual
+    token; and H·T·S attention weights a row. A soft prompt keeps its own positions once a batch.
     """
     llama = LlamaConfig(500, 220, 4, 4, 2, 256, 640, 64, 1e4, 1e-5)
     for model in (GPT(GPTConfig(500, 220, 4, 4, 256)), Llama(llama)):
@@ -113,32 +114,43 @@ def runs_of(trained, exact, loss) -> list[dict]:
     return [{"trained": trained, "validation_exact": e, "validation": v} for e, v in zip(exact, loss)]
 
 
-def test_the_sentence_names_the_cheapest_within_the_noise():
-    """Exact match counts where it says something, else the loss; noise is how far seeds differ."""
+def test_the_sentence_names_the_cheapest_that_keeps_up_in_every_pair():
+    """Exact match counts where it says something, else the loss. Behind in some pairs is open."""
     methods = {
         "soft_prompt": runs_of(700, [80, 90, 85], [0.5, 0.5, 0.5]),
-        "prefix": runs_of(8000, [88, 92, 96], [0.3, 0.3, 0.3]),
-        "full": runs_of(10**6, [97, 97, 97], [0.1, 0.1, 0.1]),
+        "prefix": runs_of(8000, [97, 90, 96], [0.3, 0.1, 0.3]),
+        "lora": runs_of(9000, [96, 97, 99], [0.2, 0.2, 0.2]),
+        "full": runs_of(10**6, [97, 98, 99], [0.1, 0.1, 0.1]),
     }
     sentence = compare.verdict(methods)
-    assert "is prefix, 8,000 numbers: 92 % exact match" in sentence  # 5 points behind, and its seeds are 8 apart
-    assert "the best, full fine-tuning, has 97; the seeds of one method are up to 8 apart" in sentence
-    methods["soft_prompt"] = runs_of(700, [97, 97, 97], [0.5, 0.5, 0.5])
-    best = "is soft prompt, 700 numbers: 97 % exact match on validation data, and none is better."
-    assert best in compare.verdict(methods)
+    assert "is LoRA, 9,000 numbers: 97.33 % exact match on validation data" in sentence
+    assert ", where full fine-tuning has 98. Undecided" in sentence
+    assert "the pairs in which it keeps up: prefix, 1 of 3." in sentence  # the soft prompt in none
+    methods["soft_prompt"] = runs_of(700, [97, 98, 99], [0.5, 0.5, 0.5])
+    best = "is soft prompt, 700 numbers: 98 % exact match on validation data."
+    assert compare.verdict(methods).endswith(best)
     free = {
         name: [run | {"validation_exact": 0} for run in runs] for name, runs in methods.items()
     }
-    assert "is full fine-tuning, 1,000,000 numbers: 0.1 nats per token" in compare.verdict(free)
-    assert "no cheaper method is within the noise, which is 0 between" in compare.verdict(free)
+    assert "is full fine-tuning, 1,000,000 numbers: 0.1 nats a token" in compare.verdict(free)
+    del free["prefix"]
+    assert "What is cheaper stays behind in every pair." in compare.verdict(free)
     assert "give --seeds 3" in compare.verdict({"full": runs_of(10, [100], [0.1])})
+
+
+@pytest.mark.parametrize("apart", [0, 10, 50])
+def test_noise_never_speaks_for_a_method(apart):
+    """However far the runs of a method lie apart, one that was behind does not tie by that."""
+    wild = runs_of(700, [90 - apart, 90, 90 + apart / 10], [1, 1, 1])
+    sentence = compare.verdict({"prefix": wild, "full": runs_of(10**6, [99, 99, 99], [1, 1, 1])})
+    assert "is full fine-tuning" in sentence
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
 
 
 def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsys):
-    """Run again, it trains nothing; seed 0 is never reported, and never meets the test data."""
+    """Run again, it trains nothing; the seed of the rates never meets the test data."""
     tune, tuned = train.tune, []
 
     def counted(model, adapters, rows, plan, **more):
@@ -154,10 +166,10 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
         compare.main([*argv, "--lr", "0.01"])
     compare.main([*argv, "--lr", "0.01"])
     assert len(tuned) == 11 and len(set(tuned)) == 10  # five methods, two seeds, one of them begun twice
-    assert {seed for *_, seed in tuned} == {1, 2}
+    assert {seed for *_, seed in tuned} == {0, 1}
     printed = capsys.readouterr().out
     assert all(f"| {compare.NAMES[method]} |" in printed for method in compare.METHODS)
-    assert "forty: The cheapest method within the noise of the best is " in printed
+    assert "forty: The cheapest method that keeps up with the best is " in printed
     written = json.loads(Path("out/compare/compare.json").read_text())
     assert len(written["runs"]) == 10 and all("exact_match" in record for record in written["runs"])
     compare.main([*argv, "--lr", "0.01"])
@@ -165,8 +177,25 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     assert json.loads(Path("out/compare/compare.json").read_text())["runs"] == written["runs"]
     compare.main(argv)
     runs = json.loads(Path("out/compare/compare.json").read_text())["runs"]
-    chosen = [record for record in runs if record["seed"] == 0]
+    chosen = [record for record in runs if record["seed"] == compare.UNREPORTED]
     assert len(chosen) >= 15 and not any("exact_match" in record for record in chosen)
+
+
+def test_each_seed_of_an_embedded_task_has_a_base_of_its_own(base, tmp_path, monkeypatch):
+    """So a statement is one about more than one base. Data of the user's are tried on theirs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "pretrain", lambda directory, **_: copytree(base, directory))
+    argv = ["--device", "cpu", "--seeds", "2", "--out", str(tmp_path)]
+    experiment = common.Experiment("compare", "Which?", argv, compare.own_flags)
+    used = []
+    monkeypatch.setattr(
+        experiment, "prepared", lambda examples, method, seed, base, **_: used.append(str(base))
+    )
+    for task in (compare.Task("chat", None, None, None), compare.Task("mine", "mine.jsonl", "m", 1)):
+        monkeypatch.setattr(compare, "load_examples", lambda *_: {})
+        for seed in (0, 1, 2):
+            compare.ready(experiment, task, "prefix", seed)
+    assert used == ["out/base", "out/bases/1", "out/bases/2", *3 * ["out/base"]]
 
 
 def test_each_method_gets_its_own_learning_rate(monkeypatch):
@@ -190,11 +219,13 @@ def test_a_rate_is_rounded_once():
     tried = []
 
     def loss_at(rate: float) -> float:
+        if len(tried) == 7:
+            raise StopIteration
         tried.append(rate)
         return rate
 
     with pytest.raises(StopIteration):
-        common.best_rate(0.0015, lambda rate: next(iter(())) if len(tried) == 7 else loss_at(rate))
+        common.best_rate(0.0015, loss_at)
     assert tried == [0.0005, 0.0015, 0.0045, 0.00017, 5.6e-05, 1.9e-05, 6.2e-06]
 
 
@@ -222,14 +253,15 @@ def test_a_loss_that_is_no_number_counts_as_infinite(gpt2):
 
 
 def test_the_costs_of_a_prefix_are_counted_exactly(flags):
-    """8 tokens have keys and values of 128 numbers in 4 layers; AdamW keeps two averages of each."""
+    """8 tokens have 4 layers of keys and values of 128. AdamW keeps two averages of each number."""
     compare.main(["--seeds", "1", "--steps", "1", "--lr", "0.01", "--batch-size", "4", *flags])
     found = json.loads(Path("out/compare/compare.json").read_text())["costs"]
     n = 8 * 4 * 2 * 128
     cells = {"trained": n, "context": 8, "training": 4 * n + 8 * n}
     assert {key: found["prefix"][key] for key in cells} == cells
     assert found["prefix"]["share"] == pytest.approx(100 * n / found["full"]["trained"])
-    assert "activations" not in found["none"] and 0 < found["soft_prompt"]["activations"] < found["full"]["activations"]
+    assert "activations" not in found["none"]
+    assert 0 < found["soft_prompt"]["activations"] < found["full"]["activations"]
 
 
 def test_the_shares_of_real_models():
@@ -239,14 +271,7 @@ def test_the_shares_of_real_models():
     assert f"| Llama 3.2 1B | prefix | {llama:.2g} % |" in compare.share_table()
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("prefix", marks=pytest.mark.slow),
-        pytest.param("soft_prompt", marks=pytest.mark.slow),
-        "both",
-    ],
-)
+@pytest.mark.parametrize("method", ["prefix", "soft_prompt", "both"])
 def test_an_adapter_can_be_inspected(flags, method, capsys):
     """Its attention, next tokens, rank and losses are printed and returned; the base is its own."""
     train.main(["--method", method, "--steps", "2", "--lr", "0.1", "--out", "adapter", *flags])
@@ -257,7 +282,8 @@ def test_an_adapter_can_be_inspected(flags, method, capsys):
     assert len(found["next"][0]) == 5 and found["next"][0] != found["next"][1]
     shown = capsys.readouterr().out
     assert ("is nearest to" in shown) == (method != "prefix")
-    assert "| layer | head 1 | head 2 | head 3 | head 4 |" in shown and "\n| 4 |" in shown and "\n| 0 |" not in shown
+    assert "| layer | head 1 | head 2 | head 3 | head 4 |" in shown
+    assert "\n| 4 |" in shown and "\n| 0 |" not in shown
     drawn = sorted(path.name for path in Path().glob("*.png"))
     assert drawn == [f"adapter-layer{i}.png" for i in range(1, 5) if find_spec("matplotlib")]
 
@@ -268,8 +294,8 @@ def test_the_likeliest_next_tokens(model):
     found = inspect_adapter.likeliest(model, source, Prefix.text(model, text).past_kv(model))
     ids = torch.tensor([*text, *source])[None]
     assert found[0][0] == model.generate(ids, 1)[0, -1]
-    p = model(ids)[0][0, -1].softmax(dim=-1)
-    assert [value for _, value in found] == pytest.approx(p.sort(descending=True).values[:5].tolist())
+    p = model(ids)[0][0, -1].softmax(dim=-1).sort(descending=True).values
+    assert [value for _, value in found] == pytest.approx(p[:5].tolist())
 
 
 def test_the_nearest_tokens_go_by_the_angle():

@@ -20,6 +20,7 @@ import train
 from command.answers import CUT, answers
 from command.console import before_torch, run_command
 from command.flags import generate_flags, train_flags
+from command.process import pick_device, pick_dtype
 from data import Example, encode, source_ids
 from model import stacked_past_kv
 from prefix import Prefix
@@ -58,13 +59,8 @@ TRAIN = {  # flags of train.py: the sentence that it ends with
     "--init it --n-virtual 3": "--n-virtual with --init it: a trained adapter keeps its length",
     "--method full --mid-dim 4": "--mid-dim is for a prefix, and --method full has none",
     "--method full --film": "--film keeps adapters, and --method full has none",
-    "--adapter x": "--adapter is not train.py's any more: see python generate.py --help",
-    "--prompt=x": "--prompt is not train.py's any more: see python generate.py --help",
-    "--predict x": "--predict is not train.py's any more: see python generate.py --help",
-    "--export x": "--export is not train.py's any more: see python generate.py --help",
-    "--method none": "--method none is not train.py's any more: see python generate.py --help",
-    "--method=pretrain": "--method pretrain is not train.py's any more: see python -m small_base",
-    "--corpus x": "--corpus is not train.py's any more: see python -m small_base.pretrain --help",
+    "--method none": "--method: invalid choice: 'none'",
+    "--prompt x": "unrecognized arguments: --prompt x: see --help; train.py, generate.py and ",
 }
 GENERATE = {
     "": "give one of --data or --task (evaluate), --prompt (complete) and --export",
@@ -97,10 +93,6 @@ RUNS = {  # found behind the flags: files, the base, and what has to fit togethe
 def test_a_wrong_flag_gets_one_sentence(parse, flags, sentence):
     with pytest.raises(ValueError, match="^" + re.escape(sentence)):
         parse("", shlex.split(flags))
-
-
-def test_a_word_of_an_old_flag_may_be_a_value():
-    assert train_flags("", ["--init-text", "none"]).init_text == "none"
 
 
 @pytest.mark.parametrize("flags, sentence", RUNS.items())
@@ -151,7 +143,9 @@ def test_a_base_that_overflows_says_so_and_prints_nothing(base, tmp_path, monkey
     monkeypatch.setattr(command.models, "pick_dtype", lambda *_: torch.float16)
     monkeypatch.setattr(command.models, "load_base", lambda _: model)
     sentence = "overflows in torch.float16.* give --dtype float32"
-    for flags in (["--prompt", "name"], ["--data", forty(base)]):
+    few = tmp_path / "few.jsonl"
+    few.write_text(Path(forty(base)).read_text().split("\n")[0])
+    for flags in (["--prompt", "name"], ["--data", few]):
         with pytest.raises(ValueError, match=sentence):
             use(base, *flags)
     monkeypatch.setattr(train, "tune", None)
@@ -398,6 +392,19 @@ def test_chat_gives_the_same_ids_in_training_and_use(base, tmp_path, monkeypatch
 # ----------------------------------------------------------------------------------- begin and end
 
 
+def test_the_device_is_the_best_there_is_or_the_one_asked_for(monkeypatch):
+    """torchrun's processes take a GPU each. One that is not there gets a sentence."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    devices = {None: "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
+    assert {name: str(pick_device(name)) for name in devices} == devices
+    with pytest.raises(ValueError, match="^--device cuda:2 is not .* has cuda:0, cuda:1, cpu$"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert str(pick_device(None)) == "cpu"
+
+
 def test_before_torch_threads_are_told_to_sleep_while_they_wait(monkeypatch):
     """And the flags are read, with the program's description. Whoever set a policy keeps it."""
     read = []
@@ -414,3 +421,15 @@ def test_an_interrupted_program_ends_with_status_130_and_one_line(capsys):
         run_command(raising(KeyboardInterrupt()))
     said = capsys.readouterr()
     assert said.out == "" and said.err.strip().startswith("interrupted: --resume goes on")
+
+
+def test_a_processor_that_emulates_bfloat16_says_what_it_costs(monkeypatch, capsys):
+    """It is not chosen there, and taken with a sentence if asked for; where it is quicker, without."""
+    model, cpu = torch.nn.Linear(4000, 4000, device="meta"), torch.device("cpu")
+    for slow, chosen in ((7.0, torch.float32), (0.5, torch.bfloat16)):
+        seconds = {torch.bfloat16: slow, torch.float32: 1.0}
+        monkeypatch.setattr("command.process.seconds_of_a_product", seconds.get)
+        assert pick_dtype(None, model, cpu, full=False) == chosen
+        assert pick_dtype("bfloat16", model, cpu, full=False) == torch.bfloat16
+        sentence = "--dtype bfloat16: this processor emulates it, and takes 7 times as long"
+        assert (sentence in capsys.readouterr().out) == (slow > 1)

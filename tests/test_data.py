@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import data
-from data import IGNORE, Example, Row, batch_of, check_lengths, encode
-from data import hold_out, read_jsonl, shuffled_batches, source_ids
+from command.examples import check_lengths, hold_out, read_jsonl
+from data import IGNORE, Example, Row, batch_of, encode, shuffled_batches, source_ids
 from small_base.pretrain import train_bpe
 from small_base.world import random_document
 from storage.tokenizers import Encoding, build_tokenizer, ranks_of
@@ -322,7 +322,7 @@ def test_each_step_has_its_rows():
 def test_a_batch_has_rows_of_like_length():
     """The rows of ten batches, sorted by length, make ten batches in random order: less padding."""
     rows = [Row([i] * (1 + i % 20), [i] * (1 + i // 20)) for i in range(200)]
-    lengths = {i: len(row.source) + len(row.target) for i, row in enumerate(rows)}
+    lengths = {i: row.n_read for i, row in enumerate(rows)}
     steps = [[lengths[i] for i in batch] for batch in first(20, rows, 10, seed=1)]
     for ten in (steps[:10], steps[10:]):
         assert sum(sorted(ten), []) == sorted(sum(ten, [])) and ten != sorted(ten)
@@ -338,7 +338,7 @@ def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tm
     path.write_text("".join(f'\n{{"input": "{text}", "target": "t"}}\n' for text in texts))
     _, examples = hold_out(read_jsonl(path), seed=0)
     rows = encode(tokenizer, examples)
-    lengths = [len(row.source + row.target) - 1 for row in rows]
+    lengths = [row.n_read for row in rows]
     second, longest = sorted(lengths)[-2:]
     assert "a" * 60 in [example.input for example in examples[1:]] and len(examples) == 12
     check_lengths(examples, rows, longest, 0)

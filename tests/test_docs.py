@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import train
+from command.examples import read_jsonl
 from command.flags import RECIPES, generate_flags, train_flags
-from data import read_jsonl
 from model import past_length
 from prefix import Prefix
 from small_base.pretrain import pretrain
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "classroom" / "results"
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-README, FINDINGS, SPEED = (PAGES[name] for name in ("README.md", "findings.md", "speed.md"))
+README, SPEED = PAGES["README.md"], PAGES["speed.md"]
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for folder in (".", "command", "storage", "small_base", "classroom", "tests")
@@ -35,7 +35,6 @@ SOURCES = {
     if path != Path(__file__)
 }
 CODE = "\n".join(SOURCES.values())
-NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
 every_page = pytest.mark.parametrize("name", PAGES)
 
 
@@ -53,7 +52,7 @@ def one_line(page: str) -> str:
     return " ".join(page.split())
 
 
-# ------------------------------------------------------------------ short, and in plain sentences
+# -------------------------------------------------------------------- short, and in plain sentences
 
 
 def test_the_readme_is_short():
@@ -78,7 +77,7 @@ def test_nothing_on_a_page_is_left_to_do(name):
     assert "TODO" not in PAGES[name]
 
 
-# -------------------------------------------------------------------- what the pages name is there
+# --------------------------------------------------------------------- what the pages name is there
 
 
 @every_page
@@ -177,14 +176,14 @@ def test_messages_that_a_page_explains_are_ours():
     assert all(part in page and part in CODE for part in parts.split("|"))
 
 
-# ----------------------------------------------------------------------- what the pages show runs
+# ------------------------------------------------------------------------- what the pages show runs
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory) -> Path:
     """A folder with a base of four steps in out/base. It knows nothing, and need not."""
     folder = tmp_path_factory.mktemp("docs")
-    pretrain(folder / "out" / "base", steps=4)
+    pretrain(folder / "out" / "base", steps=4, batch_size=4)
     return folder
 
 
@@ -310,7 +309,7 @@ def test_the_readmes_verdicts_are_those_of_the_runs():
     share = {"prefix": [], "soft prompt": []}
     for _, method, percents in cells:
         share[method] += [float(cell.removesuffix(" %")) for cell in percents.split(" | ")]
-    costs, demand, e2e = (result(name) for name in ("e2e_costs", "exp1_demand", "e2e_table"))
+    costs, demand, e2e = (result(name) for name in ("e2e_costs", "exp1_earlier", "e2e_table"))
     kept = [costs[method]["kept for backward"] for method in ("prefix of 10", "soft prompt of 20")]
     kept = [f"{float(cell.removesuffix(' MB')):.0f} MB" for cell in kept]
     facts = [demand[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
@@ -331,115 +330,6 @@ def test_the_readmes_verdicts_are_those_of_the_runs():
     for task in ("sentiment", "sentence", "chat", "verdict"):
         assert re.search(rf"^\| {task} \| soft prompt \|.*\| 100\.0 \|$", COMPARE, re.M)
     assert re.search(r"^\| soft prompt \| 768 \|", COMPARE, re.M)
-
-
-def test_every_table_of_the_findings_is_a_stored_one():
-    """No cell was typed."""
-    results = "\n".join(path.read_text(encoding="utf-8") for path in RESULTS.glob("*.md"))
-    tables = re.findall(r"(?:^\|.*\n)+", FINDINGS, flags=re.MULTILINE)
-    assert len(tables) == 4 and all(table in results for table in tables)
-
-
-E2E = [run for run in stored("classroom/results/e2e.json")["runs"] if run.get("test_bleu")]
-E2E = [run for run in E2E if run["steps"]]  # what was trained
-CHANGED = ("lora", "full")  # methods that change the weights
-
-
-def demand_runs(demand: str, N: int, method: str, size: int) -> list[dict]:
-    """-> the reported runs of a cell, in the order of their bases."""
-    runs = stored("classroom/results/exp1_demand.json")["runs"]
-    cell = {"demand": demand, "N": N, "method": method, "size": size}
-    reported = [run for run in runs if run["base"] < 100 and cell.items() <= run.items()]
-    return sorted(reported, key=lambda run: run["base"])
-
-
-def steps(demand: str, N: int, method: str, size: int) -> list[float]:
-    """-> for each run, the steps until all validation answers were right: infinity if never."""
-    runs = demand_runs(demand, N, method, size)
-    return [run["curve"][-1][0] if run["exact"] == 100 else float("inf") for run in runs]
-
-
-def derived_numbers() -> set[str]:
-    """-> what the findings say that stands in no table, made of the runs."""
-    numbers = [str(2400 * 8 // 432), *(f"{n}" for n in steps("fact", 36, "prefix", 8))]
-    for changes in (False, True):
-        runs = [run for run in E2E if (run["method"] in CHANGED) == changes]
-        lost = [run["bleu"] - run["test_bleu"] for run in runs]
-        cells = {(run["method"], run["size"]) for run in runs}
-        by_cell = [[run for run in runs if (run["method"], run["size"]) == cell] for cell in cells]
-        slots = [mean(run["test_slots"] - run["slots"] for run in some) for some in by_cell]
-        numbers += [f"{edge(lost):.1f}" for edge in (min, max)]
-        numbers += [f"{abs(edge(slots)):.1f}" for edge in (min, max)]
-    for rows in (BENCHMARK, GPU):
-        numbers += [f"{edge(prompt_to_prefix(rows)):.2f}" for edge in (min, max)]
-    return set(numbers)
-
-
-PARTS = {  # a section of the findings -> the scripts and tables that it reports
-    "What each demand needs": ("exp1_demand",),
-    "Usual tasks on the small base": ("compare",),
-    "Real language: E2E": ("e2e",),
-    "The claims, one by one": ("exp1_demand", "compare", "e2e"),
-}
-PAPERS = {"2017", "2021", "6.4", "70.3", "68.8", "62.2", "70.4"}  # what they report
-COUNTS = {"4,672", "547", "484"}  # of E2E: pairs and records to train on, new records to test on
-CLAIMED = {"0.1", "0.01"}  # percent, of shares
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_every_number_of_the_findings_was_measured(part):
-    """To the digits shown, it is in a table or the script of its part, or made of the runs."""
-    text = FINDINGS.split(f"## {part}")[1].split("\n## ")[0]
-    known = "".join(SOURCES[f"classroom/{script}.py"] for script in PARTS[part])
-    for script in PARTS[part]:
-        known += "".join(path.read_text(encoding="utf-8") for path in RESULTS.glob(f"{script}*.md"))
-    said = set(NUMBER.findall(" ".join(prose_of(text))))
-    assert len(said) > 5
-    assert not said - set(NUMBER.findall(known)) - derived_numbers() - PAPERS - COUNTS - CLAIMED
-
-
-def test_words_that_compare_hold_for_each_pair_of_runs():
-    """«Longer», «ties», «every single run»: what the findings say is so in the runs."""
-    page = one_line(FINDINGS)
-    prefix, twenty = steps("route", 8, "prefix", 8), steps("route", 8, "soft_prompt", 20)
-    longest = steps("route", 8, "soft_prompt", 64)
-    assert "In every pair of runs, both soft prompts take longer than the prefix of 8." in page
-    assert all(a < b and a < c for a, b, c in zip(prefix, twenty, longest))
-
-    prefix, twenty = steps("route", 36, "prefix", 8), steps("route", 36, "soft_prompt", 20)
-    longest = steps("route", 36, "soft_prompt", 64)
-    assert "soft prompt of 20 ties with the prefix in one run, and that of 64 is faster in" in page
-    assert sum(a == b for a, b in zip(prefix, twenty)) == 1
-    assert sum(a > b for a, b in zip(prefix, longest)) == 1
-    assert "in three runs of three, a soft prompt of 64 in two" in page
-    assert [sum(n < float("inf") for n in some) for some in (prefix, longest)] == [3, 2]
-
-    assert f"2,400 steps of 8 rows show each key {2400 * 8 // 432} times" in page
-    lora = demand_runs("xor", 36, "lora", 4)
-    assert "LoRA ran only at its default rate of 0.01" in page
-    assert "two of its runs ended at 0 %" in page
-    assert {run["lr"] for run in lora} == {0.01} and sum(run["test"] == 0 for run in lora) == 2
-
-    assert "In every single run, methods that leave the weights alone lose" in page
-    lost = {changes: [] for changes in (False, True)}
-    for run in E2E:
-        lost[run["method"] in CHANGED].append(run["bleu"] - run["test_bleu"])
-    assert max(lost[False]) < min(lost[True])
-
-    assert "The others ran seed 0 there, and seeds 1 and 2 on an H200." in page
-    on_gpu = {(run["method"], run["size"], run["seed"]) for run in E2E if "H200" in run["machine"]}
-    others = (("soft_prompt", 200), ("lora", 2), ("lora", 4), ("full", 0))
-    assert on_gpu == {(*cell, seed) for cell in others for seed in (1, 2)}
-
-    bleu = {name: row["BLEU, test"] for name, row in result("e2e_table").items()}
-    ends = {
-        name: [float(n) for n in re.findall(r"[\d.]+", cell)[1:]] for name, cell in bleu.items()
-    }
-    lora, five, ten = (ends[name] for name in ("LoRA of rank 2", "prefix of 5", "prefix of 10"))
-    assert "reaches into the range of the prefix of 10, but not of the prefix of 5" in page
-    assert five[0] > lora[1] > ten[0]
-    assert "below all of their runs" in page
-    assert ends["full fine-tuning"][1] < min(five[0], ten[0], ends[STACK][0])
 
 
 # ---------------------------------------------------------------------------------------- speed

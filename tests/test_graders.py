@@ -1,4 +1,4 @@
-"""What grades the exercises, beside the tests of each file: likely mistakes, each named in a sentence.
+"""What grades the exercises, beside the tests of each file: likely mistakes, each with a sentence.
 
 Sentences come first, torch's numbers after them. tests/test_exercises.py hands in wrong solutions,
 and looks for the sentence.
@@ -45,7 +45,7 @@ def not_like(got: Tensor, mistakes: dict[str, Tensor]) -> None:
 
 
 def attempt(hint: str, function: Callable, *given: Any) -> Any:
-    """-> what the function returns. If it raises, the sentence comes first, then the student's line."""
+    """-> what the function returns. If it raises: the sentence, and then the student's line."""
     raised = None
     try:
         got = function(*given)
@@ -55,7 +55,8 @@ def attempt(hint: str, function: Callable, *given: Any) -> Any:
         raised = error  # told below, or torch's words would come first
     if raised:
         files = {exercise.file for exercise in EXERCISES.values()}
-        lines = [frame for frame in traceback.extract_tb(raised.__traceback__) if Path(frame.filename).name in files]
+        frames = traceback.extract_tb(raised.__traceback__)
+        lines = [frame for frame in frames if Path(frame.filename).name in files]
         where = f"\n\n{lines[0].filename}, line {lines[0].lineno}: {lines[0].line}" if lines else ""
         pytest.fail(f"{hint}{where}\n\n{type(raised).__name__}: {raised}", pytrace=False)
     if got is None:
@@ -78,14 +79,16 @@ def test_mistakes_in_the_mask():
     shaped(mask, (2, 5), hint)
     hint = "The mask is added to scores, so it has their dtype: True and False would add 1 and 0."
     assert mask.dtype == torch.float64, hint
-    assert not mask.isnan().any(), "0 · ∞ is not a number: begin with torch.full, not with a product."
+    hint = "0 · ∞ is not a number: begin with torch.full, not with a product."
+    assert not mask.isnan().any(), hint
     hint = "0 is where a query may look, -∞ where it may not: is it the other way round?"
     assert mask[0, 0] == 0, hint
-    hint = "The mask of a past? The last query sees every key, so the triangle ends in the lower right."
+    hint = "The mask of a past? The last query sees every key: the triangle ends lower right."
     assert (mask[1] == 0).all(), hint
     hint = "The first query sees the past and itself: off by one, or no triangle?"
     assert (mask[0, :4] == 0).all() and mask[0, 4] != 0, hint
-    assert mask[0, 4] == -torch.inf, "Where a query may not look, the mask is -∞: only that makes a share of 0."
+    hint = "Where a query may not look, the mask is -∞: only that makes a share of 0."
+    assert mask[0, 4] == -torch.inf, hint
 
 
 @pytest.mark.ex2
@@ -146,7 +149,8 @@ def test_mistakes_in_attention_with_a_past(model):
             hint = f"The {name} are the {other}: c_attn makes queries, keys, values, in this order."
             if other != name:
                 not_like(got[:, :, 2:], {hint: part})
-        hint = f"The {name} of heads and positions are mixed up: view as (B, T, H, D), then swap T and H."
+        hint = f"The {name} of heads and positions are mixed up: view as (B, T, H, D), then swap "
+        hint += "T and H."
         same(got[:, :, 2:], new, hint)
     seen, project = attend(q, *kv, mask), attention.c_proj
     alone = attend(q, k, v, causal_mask(3, 3, x.dtype, x.device))
@@ -179,58 +183,76 @@ def test_mistakes_in_generation(model, P):
         return ids
 
     hook = model.h[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].size(1)))
-    hint = "generate reads the prompt behind past_kv, then the new tokens; forward_embeddings wants vectors, self.wte of ids."
+    hint = "generate reads the prompt behind past_kv, then the new tokens; forward_embeddings "
+    hint += "wants vectors, self.wte of ids."
     got = attempt(hint, model.generate, idx, n, past)
     hook.remove()
     shaped(got, (2, T + n), "generate returns the prompt and all new tokens, (B, T + new).")
     if P:
         not_like(got, {"past_kv is not used: read the prompt behind it.": anew(None)})
-    hint = "Not the likeliest: do you take over the cache that each step returns, read only what is new, use the last position?"
+    hint = "Not the likeliest: do you take over the cache that each step returns, read only what "
+    hint += "is new, use the last position?"
     same(got, anew(past), hint)
-    hint = "positions were read: is there no cache? Read the prompt once, then each new token once, but not the last"
-    assert sum(read) == T + n - 1, f"{sum(read)} {hint}: T + n - 1 = {T + n - 1}."
+    hint = f"{sum(read)} positions were read: is there no cache? Read the prompt once, then each "
+    hint += f"new token once, but not the last: T + n - 1 = {T + n - 1}."
+    assert sum(read) == T + n - 1, hint
 
 
 @pytest.mark.ex4
 def test_mistakes_in_sampling(model):
     """Two rows, with a generator of the same seed, written out without a cache."""
+    idx = random_ids(2, 3)
+
     def anew(factor: float = 0.5, top_k: int = 61) -> Tensor:
-        ids, generator = random_ids(2, 3), torch.Generator().manual_seed(0)
+        ids, generator = idx, torch.Generator().manual_seed(0)
         for _ in range(8):
             logits = factor * model(ids)[0][:, -1].float()
-            likely = logits.masked_fill(logits < logits.sort().values[:, -top_k, None], -torch.inf).softmax(dim=-1)
-            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
+            lowest = logits.sort().values[:, -top_k, None]
+            p = logits.masked_fill(logits < lowest, -torch.inf).softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
         return ids
 
     def sampled(**how: int) -> Tensor:
-        return model.generate(random_ids(2, 3), 8, temperature=2.0, generator=torch.Generator().manual_seed(0), **how)
+        generator = torch.Generator().manual_seed(0)
+        return model.generate(idx, 8, temperature=2.0, generator=generator, **how)
 
     hint = "Above temperature 0, one token a row is drawn by torch.multinomial."
     not_like(attempt(hint, sampled), {
-        "The temperature is not used: above 0, a token is drawn.": model.generate(random_ids(2, 3), 8),
+        "The temperature is not used: above 0, a token is drawn.": model.generate(idx, 8),
         "The logits are divided by the temperature, not multiplied.": anew(2.0),
     })  # fmt: skip
-    hint = "Draw over the whole vocabulary: torch.multinomial of the softmax of logits / temperature, with the generator."
+    hint = "Draw over the whole vocabulary: torch.multinomial of the softmax of logits / "
+    hint += "temperature, with the generator."
     same(sampled(), anew(), hint)
     got = attempt("With a top_k, too.", lambda: sampled(top_k=3))
     not_like(got, {"top_k is not used: the logits of all others become minus infinity.": anew()})
-    same(got, anew(top_k=3), "With top_k, the logits of all but the k likeliest become minus infinity.")
+    hint = "With top_k, the logits of all but the k likeliest become minus infinity."
+    same(got, anew(top_k=3), hint)
     attempt("top_k may be more than there are tokens: min(top_k, V).", lambda: sampled(top_k=99))
 
 
 @pytest.mark.ex4
 def test_mistakes_at_the_stop_token(model):
     """Sampled, so that a row that goes on after its stop would show."""
-    idx, draw = random_ids(6, 3), lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    free = model.generate(idx, 12, temperature=2.0, generator=draw())
+    idx = random_ids(6, 3)
+
+    def sampled(stop: int | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return model.generate(idx, 12, temperature=2.0, stop_token=stop, generator=generator)
+
+    free = sampled()
     stop = free[0, 5].item()
-    got = attempt("With a stop_token, too.", lambda: model.generate(idx, 12, temperature=2.0, stop_token=stop, generator=draw()))
+    got = attempt("With a stop_token, too.", sampled, stop)
     for row, unstopped in zip(got[:, 3:].tolist(), free[:, 3:].tolist()):
         end = unstopped.index(stop) + 1 if stop in unstopped else len(unstopped)
-        assert set(row[end:]) <= {stop}, "A row that has stopped goes on: once done, it stays done, filled with the stop token."
-        assert row[:end] == unstopped[:end][: len(row)], "A stop in one row changes what stands before it, or another row."
+        hint = "A row that has stopped goes on: once done, it stays done, filled with the stop "
+        hint += "token."
+        assert set(row[end:]) <= {stop}, hint
+        hint = "A stop in one row changes what stands before it, or another row."
+        assert row[:end] == unstopped[:end][: len(row)], hint
     ends = [row.index(stop) + 1 if stop in row else 12 for row in free[:, 3:].tolist()]
-    assert got.size(1) == 3 + max(ends), "The loop goes on until every row is done, not until one is."
+    hint = "The loop goes on until every row is done, not until one is."
+    assert got.size(1) == 3 + max(ends), hint
     stopped = model.generate(idx[:1], 12, stop_token=model.generate(idx[:1], 1)[0, -1].item())
     assert stopped.size(1) == 4, "When every row is done, the loop ends."
 
@@ -243,7 +265,8 @@ def test_mistakes_in_a_past_for_each_row(model):
     hint = "caches is a list of N caches, each a list of L pairs (k, v) of batch 1."
     cache = attempt(hint, rows_of, caches)
     is_list = isinstance(cache, list) and len(cache) == L
-    assert is_list, "One cache comes out: a list with a pair for each layer, not one for each cache."
+    hint = "One cache comes out: a list with a pair for each layer, not one for each cache."
+    assert is_list, hint
     is_pair = all(len(pair) == 2 for pair in cache)
     assert is_pair, "Each layer has two tensors: join keys with keys, and values with values."
     hint = "Each row has its own past, so the caches are joined along the batch: (N, H, P, D)."
@@ -279,10 +302,14 @@ def test_mistakes_in_the_cache_of_a_prefix(model):
     for layer, pair in enumerate(cache):
         for part, (name, got) in enumerate(zip(("keys", "values"), pair)):
             shaped(got, (1, H, 3, D), f"The {name} of a layer are (1, H, P, D).")
-            expected, other = (prefix.start[:, layer, i].transpose(0, 1)[None] for i in (part, 1 - part))
+            kv = [numbers.transpose(0, 1)[None] for numbers in prefix.start[:, layer].unbind(1)]
+            expected, other = kv[part], kv[1 - part]
             not_like(got, {"k and v swapped? Keys are at 0 of the third axis, values at 1.": other})
-            same(got, expected, "Axes are mixed up: permute (P, L, 2, H, D), for view and reshape only cut the numbers anew.")
-    assert all(t.requires_grad for kv in cache for t in kv), "No gradient reaches the prefix: detach and .data cut it off."
+            hint = "Axes are mixed up: permute (P, L, 2, H, D), for view and reshape only cut the "
+            hint += "numbers anew."
+            same(got, expected, hint)
+    hint = "No gradient reaches the prefix: detach and .data cut it off."
+    assert all(t.requires_grad for kv in cache for t in kv), hint
 
 
 @pytest.mark.ex6
@@ -292,9 +319,11 @@ def test_the_cache_of_a_prefix_comes_through_its_mlp(model):
     prefix.inputs = torch.nn.Parameter(torch.ones_like(prefix.start))
     prefix.mlp = torch.nn.Identity()
     (k, _), *_ = prefix.past_kv(model)
-    not_like(k, {"The numbers are those of self.start: with self.kv() they come through the MLP, which never trains otherwise.":
-                 prefix.start[:, 0, 0].transpose(0, 1)[None]})  # fmt: skip
-    same(k, 1 + prefix.start[:, 0, 0].transpose(0, 1)[None], "The numbers of the cache are self.kv().")
+    start = prefix.start[:, 0, 0].transpose(0, 1)[None]
+    hint = "The numbers are those of self.start: with self.kv() they come through the MLP, which "
+    hint += "never trains otherwise."
+    not_like(k, {hint: start})
+    same(k, 1 + start, "The numbers of the cache are self.kv().")
 
 
 @pytest.mark.ex6
@@ -303,12 +332,15 @@ def test_mistakes_behind_another_past(model):
     front, prefix = random_prefix(2, seed=2), random_prefix()
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in front.past_kv(model)]
-        cache = attempt("A past of B rows: expand the prefix to B rows, then put it behind.", prefix.past_kv, model, past)
-        assert len(cache) == L, "Still a pair for each layer: join its tensors along the positions, not the two lists."
+        hint = "A past of B rows: append_past puts it in front, and serves each of its rows."
+        cache = attempt(hint, prefix.past_kv, model, past)
+        hint = "Still a pair a layer: join its tensors along the positions, not the two lists."
+        assert len(cache) == L, hint
         for (k, v), old, own in zip(cache, past, prefix.past_kv(model)):
             not_like(k[:1], {"The past in front is lost.": own[0]})
             behind = torch.cat([own[0], old[0][:1]], dim=2)
-            not_like(k[:1], {"The past that is given goes in front, and the prefix behind it.": behind})
+            hint = "The past that is given goes in front, and the prefix behind it."
+            not_like(k[:1], {hint: behind})
             for got, a, b in zip((k, v), old, own):
                 expected = torch.cat([a, b.expand(B, -1, -1, -1)], dim=2)
                 same(got, expected, "The past in front, the prefix behind it, for every row.")
@@ -319,16 +351,22 @@ def test_mistakes_behind_another_past(model):
 @pytest.mark.ex7
 def test_mistakes_in_a_prefix_from_text(model):
     text, idx = random_ids(5, seed=1), random_ids(1, 4)
-    hint = "The model wants a batch, one row of P ids, and from_cache wants the cache, the second thing that it returns."
+    hint = "The model wants a batch, one row of P ids, and from_cache wants the cache, the second "
+    hint += "thing that it returns."
     prefix = attempt(hint, Prefix.text, model, text)
-    assert isinstance(prefix, Prefix), "text returns a Prefix, which from_cache makes of the cache, and not the cache itself."
+    hint = "text returns a Prefix, which from_cache makes of the cache, and not the cache itself."
+    assert isinstance(prefix, Prefix), hint
     hint = "A prefix is (P, L, 2, H, D), from the cache of one row of P ids, and not P rows of one."
     shaped(prefix.start, (5, L, 2, H, D), hint)
     one_by_one = [model(i[None, None])[1] for i in text]
-    apart = torch.stack([torch.stack([torch.stack(kv) for kv in cache])[:, :, 0, :, 0] for cache in one_by_one])
-    not_like(prefix.start, {"Each token was read alone: read the text at once, so that tokens see those before them.": apart})
+    caches = [torch.stack([torch.stack(kv) for kv in cache]) for cache in one_by_one]
+    apart = torch.stack(caches)[:, :, :, 0, :, 0]  # (P, L, 2, H, D)
+    hint = "Each token was read alone: read the text at once, so that tokens see what stands "
+    hint += "before them."
+    not_like(prefix.start, {hint: apart})
     both = model(torch.cat([text, idx[0]])[None])[0][:, 5:]
-    same(model(idx, prefix.past_kv(model))[0], both, "A prefix of a text acts as that text, all of it, in its order.")
+    hint = "A prefix of a text acts as that text, all of it, in its order."
+    same(model(idx, prefix.past_kv(model))[0], both, hint)
 
 
 @pytest.mark.ex8
@@ -337,21 +375,27 @@ def test_mistakes_in_the_mlp(model):
     through = attempt("reparametrise takes the width of the MLP.", prefix.reparametrise, 10)
     assert through is prefix, "reparametrise returns the prefix itself: return self."
     trained = {name for name, p in through.named_parameters() if p.requires_grad}
-    assert "start" not in trained, "The start is held fixed: close it to gradients, for only the MLP is to train."
+    hint = "The start is held fixed: close it to gradients, for only the MLP is to train."
+    assert "start" not in trained, hint
     assert "inputs" in trained, "The inputs are trained, too: make them an nn.Parameter."
     shaped(through.inputs, (3, C), "The inputs are a row of C numbers for each virtual token.")
     kinds = [type(part).__name__ for part in through.mlp]
-    assert kinds == ["Linear", "Tanh", "Linear"], f"The MLP is a layer, a tanh, and a layer: it is {', '.join(kinds)}."
+    hint = f"The MLP is a layer, a tanh, and a layer: it is {', '.join(kinds)}."
+    assert kinds == ["Linear", "Tanh", "Linear"], hint
     widths = [tuple(part.weight.shape) for part in (through.mlp[0], through.mlp[2])]
-    assert widths == [(10, C), (L * 2 * C, 10)], "The MLP goes from C to mid_dim, and from there to L·2·C."
+    hint = "The MLP goes from C to mid_dim, and from there to L·2·C."
+    assert widths == [(10, C), (L * 2 * C, 10)], hint
     like_start = {p.dtype for p in through.parameters()} == {plain.start.dtype}
     assert like_start, "All parameters have the dtype, and the device, of self.start."
     same(through.start, plain.start, "The start stays what it is: the MLP's output is added to it.")
-    same(through.kv(), plain.kv(), "At first the MLP changes nothing: zero weight and bias of its last layer.")
-    assert through.inputs.std() > 0.5, "The inputs are drawn from N(0, 1): equal rows would stay equal."
+    hint = "At first the MLP changes nothing: zero weight and bias of its last layer."
+    same(through.kv(), plain.kv(), hint)
+    hint = "The inputs are drawn from N(0, 1): equal rows would stay equal."
+    assert through.inputs.std() > 0.5, hint
     through.kv().sum().backward()
     learns = through.mlp[2].weight.grad.abs().sum() > 0
-    assert learns, "The MLP gets no gradient: its first layer must not be zero, nor its output cut off."
+    hint = "The MLP gets no gradient: its first layer must not be zero, nor its output cut off."
+    assert learns, hint
 
 
 @pytest.mark.ex9
@@ -361,12 +405,14 @@ def test_mistakes_in_baking():
     start, kv = through.start.detach().clone(), through.kv().detach()
     baked = attempt("bake makes a Prefix of numbers.", through.bake)
     assert isinstance(baked, Prefix), "bake returns a Prefix, not its numbers."
-    assert baked is not through and through.mlp is not None, "bake makes a new prefix, and leaves this one as it is."
-    same(through.start, start, "bake makes a new prefix, and leaves this one as it is.")
+    hint = "bake makes a new prefix, and leaves this one as it is."
+    assert baked is not through and through.mlp is not None, hint
+    same(through.start, start, hint)
     assert baked.mlp is None, "The baked prefix has no MLP: its numbers are what the MLP gave."
     not_like(baked.start, {"The MLP is lost: bake self.kv(), and not self.start.": start})
     same(baked.start, kv, "The baked numbers are self.kv().")
-    assert baked.start.requires_grad and baked.start.is_leaf, "The baked numbers are a parameter of their own."
+    hint = "The baked numbers are a parameter of their own."
+    assert baked.start.requires_grad and baked.start.is_leaf, hint
 
 
 def random_prompt(P: int = 3) -> SoftPrompt:
@@ -376,17 +422,25 @@ def random_prompt(P: int = 3) -> SoftPrompt:
 @pytest.mark.ex10
 def test_mistakes_in_the_cache_of_a_soft_prompt(model):
     prompt = random_prompt()
-    cache = attempt("Vectors go into model.forward_embeddings, a batch of one: (1, P, C).", prompt.past_kv, model)
+    hint = "Vectors go into model.forward_embeddings, a batch of one: (1, P, C)."
+    cache = attempt(hint, prompt.past_kv, model)
     a_cache = isinstance(cache, list) and len(cache) == L
-    assert a_cache, "past_kv returns the cache alone: forward_embeddings returns hidden states, and the cache."
-    shaped(cache[0][0], (1, H, 3, D), "Without a past in front, the vectors are one row, (1, P, C).")
+    hint = "past_kv returns the cache alone: forward_embeddings returns hidden states, and the "
+    hint += "cache."
+    assert a_cache, hint
+    hint = "Without a past in front, the vectors are one row, (1, P, C)."
+    shaped(cache[0][0], (1, H, 3, D), hint)
     twice = model.forward_embeddings(prompt.vectors[None] + model.wpe.weight[:3])[1]
-    not_like(cache[0][0], {"Positions are put in twice: forward_embeddings adds them.": twice[0][0]})
-    same(cache, model.forward_embeddings(prompt.vectors[None])[1], "The vectors go through the model in place of embeddings.")
-    hint = "No gradient reaches the vectors: detach, .data or no_grad cuts it off, and training learns nothing."
+    hint = "Positions are put in twice: forward_embeddings adds them."
+    not_like(cache[0][0], {hint: twice[0][0]})
+    hint = "The vectors go through the model in place of embeddings."
+    same(cache, model.forward_embeddings(prompt.vectors[None])[1], hint)
+    hint = "No gradient reaches the vectors: detach, .data or no_grad cuts it off, and training "
+    hint += "learns nothing."
     assert all(t.requires_grad for kv in cache for t in kv), hint
-    (k, _), *_ = attempt("The vectors are cast to the dtype of the model.", prompt.past_kv, random_model().bfloat16())
-    assert k.dtype == torch.bfloat16, "The vectors are cast to the dtype of the model."
+    hint = "The vectors are cast to the dtype of the model."
+    (k, _), *_ = attempt(hint, prompt.past_kv, random_model().bfloat16())
+    assert k.dtype == torch.bfloat16, hint
 
 
 @pytest.mark.ex10
@@ -395,14 +449,17 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
     prompt, text = random_prompt(), random_ids(2, seed=3)
     for B in (1, 2):
         past = [tuple(t.expand(B, -1, -1, -1) for t in kv) for kv in model(text[None])[1]]
-        hint = "A past of B rows, B = past_kv[0][0].size(0): expand the vectors to B rows."
+        hint = "Behind a past of B rows, the cache has B rows, too."
         cache = attempt(hint, prompt.past_kv, model, past)
         shaped(cache[0][0][:, :, -3:], (B, H, 3, D), hint)
-        not_like(cache[0][0], {"The past in front is lost: hand it to the model.": prompt.past_kv(model)[0][0]})
+        alone = prompt.past_kv(model)
+        not_like(cache[0][0], {"The past in front is lost: hand it to the model.": alone[0][0]})
         vectors = torch.cat([model.wte(text), prompt.vectors]).expand(B, -1, -1)
         expected = model.forward_embeddings(vectors)[1]
-        moved = torch.cat([past[1][0], prompt.past_kv(model)[1][0].expand(B, -1, -1, -1)], dim=2)
-        not_like(cache[1][0], {"The vectors do not see the past: run the model behind it, do not only put it in front.": moved})
+        moved = torch.cat([past[1][0], alone[1][0].expand(B, -1, -1, -1)], dim=2)
+        hint = "The vectors do not see the past: run the model behind it, do not only put it in "
+        hint += "front."
+        not_like(cache[1][0], {hint: moved})
         same(cache, expected, "The vectors are read behind the past, which stays in front of them.")
 
 
@@ -410,25 +467,33 @@ def test_mistakes_of_a_prompt_behind_another_past(model):
 def test_mistakes_at_target_positions(model):
     rows = [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9]), Row([5, 4], [3])]
     batch, past = batch_of(rows, model.device), model(random_ids(1, 4))[1]
-    hint = "model.forward_embeddings reads vectors, model.wte of the ids, and gives (B, T, C); then choose among (B, T)."
+    hint = "model.forward_embeddings reads vectors, model.wte of the ids, and gives (B, T, C); "
+    hint += "then choose among (B, T)."
     got = attempt(hint, target_hidden, model, batch, past)
-    assert isinstance(got, tuple) and len(got) == 2, "target_hidden returns two things: hidden states, and targets."
+    hint = "target_hidden returns two things: hidden states, and targets."
+    assert isinstance(got, tuple) and len(got) == 2, hint
     hidden, targets = got
-    assert len(targets) != batch.targets.numel(), "Every position was picked: only those whose target is not IGNORE are scored."
-    assert not (targets == IGNORE).any(), "A position that is not scored was picked: take those whose target is not IGNORE."
-    hint = "The targets are those of batch.targets, in its order: a batch is shifted already, so do not shift it again."
+    hint = "Every position was picked: only those whose target is not IGNORE are scored."
+    assert len(targets) != batch.targets.numel(), hint
+    hint = "A position that is not scored was picked: take those whose target is not IGNORE."
+    assert not (targets == IGNORE).any(), hint
+    hint = "The targets are those of batch.targets, in its order: a batch is shifted already, so "
+    hint += "do not shift it again."
     same(targets, torch.tensor([4, 5, 7, 8, 9, 3]), hint)
     shaped(hidden, (6, C), "Hidden states, not logits: (N, C), one for each target.")
     everywhere = model.forward_embeddings(model.wte(batch.idx), past)[0]
     where = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 1)]
     alone = model.forward_embeddings(model.wte(batch.idx))[0]
-    not_like(hidden, {"The past is not used: read the batch behind past_kv.": torch.stack([alone[at] for at in where])})
-    same(hidden, torch.stack([everywhere[at] for at in where]), "Each target's hidden state stands where its target stands.")
+    without = torch.stack([alone[at] for at in where])
+    not_like(hidden, {"The past is not used: read the batch behind past_kv.": without})
+    hint = "Each target's hidden state stands where its target stands."
+    same(hidden, torch.stack([everywhere[at] for at in where]), hint)
 
 
 @pytest.mark.ex12
 def test_mistakes_in_exact_match(model):
-    """Rows in an order that is not that of their lengths, some right altogether, some only at their first or last token."""
+    """Rows in no order of length: some right altogether, some at their first or last token only."""
+
     def said(source: list[int], n: int) -> list[int]:
         ids = list(source)
         for _ in range(n):
@@ -444,25 +509,30 @@ def test_mistakes_in_exact_match(model):
     rows.append(Row([8, 9, 10], [first_wrong, other(said([8, 9, 10, first_wrong], 1)[0])]))
     first_wrong = other(said([11], 1)[0])
     rows.append(Row([11], [first_wrong, *said([11, first_wrong], 1)]))
-    hint = "evaluate returns Scores: the loss, the share of right tokens, and whether each row is right."
+    hint = "evaluate returns Scores: the loss, the share of right tokens, and whether each row is "
+    hint += "right."
     scores = attempt(hint, evaluate, model, [], rows, 2)
     assert isinstance(scores, Scores), hint
     loss, tokens, exact = scores
     answers = isinstance(exact, list) and len(exact) == 5
-    hint = "exact has one answer a row: not one a position, not their mean, the last chunk included."
+    hint = "exact has one answer a row: not one a position, not their mean, the last chunk "
+    hint += "included."
     assert answers, hint
     right = [True, False, True, False, False]
     order = sorted(range(5), key=lambda i: len(rows[i].source) + len(rows[i].target))
-    hint = "The answers are in the order that the rows were sorted to: give them back in the order they came in."
+    hint = "The answers are in the order that the rows were sorted to: give them back in the order "
+    hint += "they came in."
     assert exact != [right[i] for i in order], hint
-    assert exact[1:2] != [True], "A row is right if all of its positions are, not if one of them is: the last is wrong here."
-    assert exact[4:] != [True], "A row is right if all of its positions are, not if the last of them is: the first is wrong here."
+    hint = "A row is right if all of its positions are, not if"
+    assert exact[1:2] != [True], f"{hint} one of them is: the last is wrong here."
+    assert exact[4:] != [True], f"{hint} the last of them is: the first is wrong here."
     assert any(exact), "No row is right: are positions counted whose target is IGNORE?"
     hint = "A row is right if, at each of its target positions, the likeliest token is the target."
     assert exact == right, f"{hint} You have {exact}."
     one_by_one = [evaluate(model, [], [row], 1).loss for row in rows]
     n = [len(row.target) for row in rows]
-    hint = "The loss is a sum over tokens, divided once: a mean of means weighs short rows too much."
+    hint = "The loss is a sum over tokens, divided once: a mean of means weighs short rows too "
+    hint += "much."
     expected = sum(value * k for value, k in zip(one_by_one, n)) / sum(n)
     assert loss == pytest.approx(expected, rel=1e-5), hint
     hint = "tokens is the share of right tokens among all target tokens, in percent."

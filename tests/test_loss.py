@@ -9,11 +9,12 @@ from conftest import random_ids
 from torch import Tensor
 from torch.testing import assert_close
 
+from command.answers import check_frozen
 from data import IGNORE, Batch, Row, batch_of
 from model import GPT, KVCache
 from prefix import Prefix
 from soft_prompt import SoftPrompt
-from train import evaluate, evaluate_frozen, loss_of, target_hidden
+from train import evaluate, loss_of, target_hidden
 
 
 def random_rows(n: int) -> list[Row]:
@@ -117,7 +118,7 @@ def test_a_base_that_overflows_is_named(gpt2):
     """In float16 numbers end at 65504. In float32 the same base has a loss."""
     gpt2.h[1].mlp.c_fc.weight.data *= 1e4
     rows = random_rows(5)
-    assert evaluate_frozen(gpt2.float(), rows, 2)["validation"] > 0
+    check_frozen(evaluate(gpt2.float(), [], rows, 2), gpt2)
     sentence = r"overflows in torch.float16: its loss is (nan|inf) before any step; give --dtype f"
     with pytest.raises(ValueError, match=sentence):
-        evaluate_frozen(gpt2.half(), rows, 2)
+        check_frozen(evaluate(gpt2.half(), [], rows, 2), gpt2)

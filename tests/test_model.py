@@ -107,7 +107,7 @@ def test_a_llama_turns_queries_and_keys_and_shares_keys_among_heads():
     """A pair of a head is a complex number, turned by its position. Two heads share their keys."""
     attention, P, T = random_model(family="llama").h[0].attn, 2, 3
     x, (past_k, past_v) = noise(1, T, C), noise(2, 1, H, P, D, seed=1)
-    y, (keys, values) = attention(x, float64_mask(T, P + T).repeat(2, 1), (past_k, past_v))
+    y, (keys, values) = attention(x, float64_mask(T, P + T), (past_k, past_v))
     angles = torch.arange(P, P + T)[:, None] * 100.0 ** (-torch.arange(0, D, 2) / D)
 
     def turned(head: Tensor) -> Tensor:
@@ -163,9 +163,10 @@ def test_whoever_replaces_attend_sees_the_weights(model):
     assert (weights[..., torch.arange(4)[:, None] + 3 >= torch.arange(7)] > 0).all()
 
 
-def test_all_layers_share_one_mask(model):
-    """It is made once a pass and handed down: one tensor, however many layers there are."""
-    masks = []
+def test_all_layers_share_one_mask(model, monkeypatch):
+    """It is made once a pass and handed down, however many layers there are."""
+    made, masks = [], []
+    monkeypatch.setattr("model.causal_mask", lambda *what: made.append(what) or causal_mask(*what))
 
     def noted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         masks.append(mask)
@@ -174,8 +175,9 @@ def test_all_layers_share_one_mask(model):
     for block in model.h:
         block.attn.attend = noted
     model(random_ids(1, 11), model(random_ids(1, 3, seed=1))[1])
-    assert len(masks) == 2 * L and len({id(mask) for mask in masks}) == 2
-    assert_close(masks[-1], float64_mask(11, 14).repeat(model.queries_per_key, 1))
+    assert len(masks) == 2 * L and [what[:2] for what in made] == [(3, 3), (11, 14)]
+    queries_per_key = model.config.n_head // model.kv_shape(1)[3]
+    assert_close(masks[-1], float64_mask(11, 14).repeat(queries_per_key, 1))
 
 
 # ---------------------------------------------------------------------------------------- the model

@@ -24,7 +24,7 @@ pytestmark = [  # what the peers say to each other
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-P, BLOCK = 4, 64
+P, BLOCK = 4, 48
 SIZES = {
     "gpt2": {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": BLOCK},
     "llama": {

@@ -23,7 +23,7 @@ from playground import main, page_of
 from torch import Tensor
 
 from data import Example, source_ids
-from model import GPT, GPTConfig, KVCache, causal_mask, stacked_past_kv
+from model import GPT, GPTConfig, KVCache, causal_mask, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.pretrain import train_bpe
 from soft_prompt import SoftPrompt
@@ -37,24 +37,9 @@ CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
 FLAGS += "--disable-background-networking --disable-component-update --remote-debugging-pipe"
-WORDS = (
-    "The| Palace| serves| Thai|'s|'t|'ll|'ve|'re|eeeee|tt|é| ü|漢|字|🙂| 12|345| :|ﬁ|½|<|\\".split(
-        "|"
-    )
-)
-WORDS += [
-    "|",
-    "\n",
-    " ",
-    "  ",
-    "\t",
-    "\u0085",
-    "\ufeff",
-    "\u00a0",
-    "\u2028",
-    "e\u0301",
-    "<|endoftext|>",
-]
+WORDS = "The, Palace, serves, Thai,'s,'t,'ll,'ve,'re,eeeee,tt,é, ü,漢,字,🙂, 12,345, :,ﬁ,½,<,\\,|"
+WORDS = WORDS.split(",") + ["\n", " ", "  ", "\t", "\u0085", "\ufeff", "\u00a0", "\u2028"]
+WORDS += ["e\u0301", "<|endoftext|>"]
 
 
 class Browser:
@@ -64,18 +49,10 @@ class Browser:
         its_input, self.output = os.pipe()
         self.input, its_output = os.pipe()
         start = f'exec "$@" 3<&{its_input} 4>&{its_output}'  # its pipe
-        command = [
-            "bash",
-            "-c",
-            start,
-            "bash",
-            CHROMIUM,
-            *FLAGS.split(),
-            f"--user-data-dir={profile}",
-        ]
-        self.process = subprocess.Popen(
-            command, pass_fds=(its_input, its_output), stderr=subprocess.DEVNULL
-        )
+        command = ["bash", "-c", start, "bash", CHROMIUM, *FLAGS.split()]
+        command += [f"--user-data-dir={profile}"]
+        pipes = {"pass_fds": (its_input, its_output), "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, **pipes)
         os.close(its_input)
         os.close(its_output)
         self.sent, self.unread, self.events, self.session = 0, b"", [], {}
@@ -90,8 +67,10 @@ class Browser:
         self.sent += 1
         message = {"id": self.sent, "method": method, "params": params} | self.session
         os.write(self.output, json.dumps(message).encode() + b"\0")
-        while (found := self.receive()).get("id") != self.sent:
+        found = self.receive()
+        while found.get("id") != self.sent:
             self.events.append(found)
+            found = self.receive()
         assert "error" not in found, found
         return found["result"]
 
@@ -105,9 +84,8 @@ class Browser:
         return json.loads(message)
 
     def js(self, code: str) -> Any:
-        found = self.send(
-            "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True
-        )
+        how = {"returnByValue": True, "awaitPromise": True}
+        found = self.send("Runtime.evaluate", expression=code, **how)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -145,25 +123,20 @@ class Browser:
     def complaints(self) -> list[dict[str, Any]]:
         """-> errors in the console, and whatever was asked of a network."""
         self.settle()
-        found = []
+        printed = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+        found = [event for event in self.events if event.get("method") in printed]
         for event in self.events:
-            params, method = event.get("params", {}), event.get("method")
-            if method in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
-                found.append(event)
-            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
-                "file:"
-            ):
-                found.append(event)
+            if event.get("method") == "Network.requestWillBeSent":
+                local = event["params"]["request"]["url"].startswith("file:")
+                found += [] if local else [event]
         return found
 
     def show(self, width: int, height: int, scheme: str) -> None:
         """Sets the size of the window, below 500 that of a phone, and the colours."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.send("Emulation.setDeviceMetricsOverride", **size)
-        self.send(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
-        )
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.send("Emulation.setEmulatedMedia", features=features)
 
     def close(self) -> None:
         self.send("Browser.close")
@@ -194,7 +167,8 @@ class World:
         model.wte.weight.data[-1] = 0  # never the likeliest: answers are as long as there is room
         save_tokenizer(self.base, merges)
         save_base(model, self.base)
-        self.model, self.tokenizer = load_base(self.base).requires_grad_(False), load_tokenizer(self.base)
+        self.model = load_base(self.base).requires_grad_(False)
+        self.tokenizer = load_tokenizer(self.base)
         self.prefix = Prefix(torch.randn(5, 3, 2, 2, 8, generator=generator))
         self.other = Prefix(torch.randn(2, 3, 2, 2, 8, generator=generator))
         self.prompt = SoftPrompt(torch.randn(4, 16, generator=generator))
@@ -305,10 +279,8 @@ def test_a_stack_comes_as_one(page: Browser, world: World):
 def test_tokens_kept(page: Browser, world: World):
     """With two virtual tokens kept, only the first two act; with none, there is no adapter."""
     page.turn("kept", 2)
-    text = page.js('$("text").value')
-    assert close(
-        page.logits("on"), world.logits(text, Prefix(world.prefix.kv()[:2]).past_kv(world.model))
-    )
+    first = Prefix(world.prefix.kv()[:2]).past_kv(world.model)
+    assert close(page.logits("on"), world.logits(page.js('$("text").value'), first))
     page.turn("kept", 0)
     assert torch.equal(page.logits("on"), page.logits("off"))
 
@@ -366,10 +338,8 @@ def test_a_layer_without(page: Browser, world: World):
     """A layer whose box is empty sees no virtual tokens. The text stays behind P positions."""
     page.js('$("layers").children[1].click()')
     page.settle()
-    model, ids = (
-        world.model,
-        torch.tensor([source_ids(world.tokenizer, page.js('$("text").value'))]),
-    )
+    model = world.model
+    ids = torch.tensor([source_ids(world.tokenizer, page.js('$("text").value'))])
     x, T = model.add_positions(model.wte(ids), 5), ids.size(1)
     for layer, (block, past) in enumerate(zip(model.h, world.prefix.past_kv(model))):
         P = 0 if layer == 1 else 5
@@ -409,23 +379,19 @@ def test_film(page: Browser, world: World):
 
 @needs_browser
 def test_writes_the_greedy_answer(page: Browser, world: World):
-    """«One token» adds the likeliest to both answers; in the end they are what `generate` gives."""
+    """«One token» adds the likeliest to both answers. They end as `generate` ends."""
     page.write("The Palace")
     T = page.js("readers.on.T")
     page.js('$("step").click(); $("step").click()')
     assert page.js("[readers.on.ids.length, readers.off.ids.length]") == [T + 2, T + 2]
     page.js("while (writing().length) write_token()")
+    idx = torch.tensor([source_ids(world.tokenizer, "The Palace")])
+    end = world.tokenizer.eot_token
     for reader, past_kv in {"off": None, "on": world.prefix.past_kv(world.model)}.items():
-        P = past_kv[0][0].size(2) if past_kv else 0
-        idx, end = (
-            torch.tensor([source_ids(world.tokenizer, "The Palace")]),
-            world.tokenizer.eot_token,
-        )
-        answer = world.model.generate(idx, 64 - P - T, past_kv, stop_token=end)[0].tolist()
-        assert (
-            page.js(f"readers.{reader}.ids")
-            == answer[: answer.index(end) if end in answer else None]
-        )
+        n_new = 64 - past_length(past_kv) - T
+        answer = world.model.generate(idx, n_new, past_kv, stop_token=end)[0].tolist()
+        stop = answer.index(end) if end in answer else None
+        assert page.js(f"readers.{reader}.ids") == answer[:stop]
 
 
 @needs_browser

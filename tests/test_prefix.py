@@ -237,20 +237,16 @@ def test_a_saved_prefix_comes_back_bit_for_bit(tmp_path, n_layer, n_head):
 
 
 def test_its_files_are_pefts(model, tmp_path):
-    """adapter_config.json as PEFT 0.21.2 writes it, keys sorted. Beside it is which base it was."""
+    """adapter_config.json as PEFT reads it, keys sorted. Beside it is which base it was."""
     save_adapter(random_prefix(), tmp_path / "a", model)
     config = {
-        "auto_mapping": None, "base_model_name_or_path": "an unsaved model",
-        "encoder_hidden_size": 16, "inference_mode": True, "init_weights": None,
-        "modules_to_save": None, "num_attention_heads": 2, "num_layers": 3,
-        "num_transformer_submodules": 1, "num_virtual_tokens": 4, "peft_type": "PREFIX_TUNING",
-        "peft_version": "0.21.2", "prefix_projection": False, "revision": None,
-        "task_type": "CAUSAL_LM", "token_dim": 16,
+        "base_model_name_or_path": "an unsaved model", "inference_mode": True,
+        "num_attention_heads": 2, "num_layers": 3, "num_virtual_tokens": 4,
+        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "token_dim": 16,
     }  # fmt: skip
     found = tmp_path / "a" / "adapter_config.json"
     assert found.read_text() == json.dumps(config, indent=2) + "\n"
     base = {"base": "an unsaved model", "fingerprint": fingerprint(model)}
-    base["fingerprint_float16"] = fingerprint(model, torch.float16)
     assert (tmp_path / "a" / "base.json").read_text() == json.dumps(base, indent=2) + "\n"
     save_adapter(random_prefix(), tmp_path / "a")
     assert json.loads(found.read_text()) == config | {"base_model_name_or_path": None}

@@ -17,7 +17,7 @@ import train
 from storage.checkpoints import Checkpoint
 from storage.files import read_tensors
 
-FILE = "checkpoint.safetensors"
+FILE = "checkpoint.pt"
 EVERY = ["--steps", "6", "--eval-every", "2"]
 
 
@@ -42,16 +42,16 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_
 
 
 def test_the_best_survives_an_interruption(base, tmp_path, monkeypatch):
-    """It lies beside the checkpoint, and is what the resumed run saves."""
-    losses = iter([9.0, 9.0, 0.5, 0.7, 9.0, 0.6])  # frozen, steps 0, 2, 4; frozen, step 6
-    scores = (train.Scores(loss, 0.0, [False]) for loss in losses)
+    """It lies in the checkpoint, and is what the resumed run saves."""
+    losses = iter([9.0, 9.0, 0.5, 0.7, 9.0, 0.6, 0.4])  # frozen, steps 0, 2, 4; frozen, 6, the test
+    scores = (train.Scores(loss, 0.0, [False] * 9) for loss in losses)
     monkeypatch.setattr(train, "evaluate", lambda *_: next(scores))
     flags = [*EVERY, "--patience", "5", "--out", tmp_path]
     interrupted(4, train_argv(base, *flags))
-    best = read_tensors(tmp_path / "best.safetensors")["0.start"]
+    best = torch.load(tmp_path / FILE)["best"]["0.start"]
     record = run(base, *flags, "--resume")
     saved = read_tensors(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
-    assert record["loss_tuned"] == 0.5 and torch.equal(saved.view_as(best), best)
+    assert record["loss_tuned"] == 0.4 and torch.equal(saved.view_as(best), best)
 
 
 def test_a_resumed_run_does_not_search_a_rate_again(base, tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_whole(base, tmp_path, monk
         patch.setattr(os, "fsync", lambda file: full() if writes else writes.append(fsync(file)))
         run(base, *EVERY, "--out", tmp_path)
     assert set(files_in(tmp_path)) == {FILE}
-    assert Checkpoint(tmp_path, {}, True, False).step == 2
+    assert Checkpoint(tmp_path, {}, True, False).metrics[-1]["step"] == 2
 
 
 REFUSED = {  # flags behind those of the interrupted run: the sentence

@@ -12,7 +12,8 @@ from conftest import files_in, forty, raising, run, write_jsonl
 
 import generate
 import train
-from command.models import load_adapters, load_examples
+from command.examples import load_examples
+from command.models import load_adapters
 from data import encode
 from small_base.pretrain import pretrain
 from small_base.world import task_examples
@@ -84,8 +85,11 @@ def test_the_curve_is_drawn_where_matplotlib_is(base, tmp_path, monkeypatch):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("where", ["report", "show_examples", "save_record"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left")], ids=repr)
+ENDS = {"report": OSError("No space left"), "show_examples": KeyboardInterrupt()}
+ENDS["save_record"] = OSError("No space left")
+
+
+@pytest.mark.parametrize("where, error", ENDS.items())
 def test_what_comes_after_training_cannot_lose_it(base, tmp_path, monkeypatch, where, error):
     """Testing and showing come when all is saved, and the checkpoint is gone."""
     with monkeypatch.context() as patch, pytest.raises(type(error)):
@@ -192,7 +196,7 @@ def test_an_adapter_without_training_json_is_used_but_not_replaced(base, tmp_pat
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_loads(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Path, "touch", raising(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("tempfile.TemporaryFile", raising(PermissionError(13, "Permission denied")))
     monkeypatch.setattr(train, "open_base", None)
     with pytest.raises(ValueError, match=r"cannot be written to \(Permission denied\)"):
         run(base, "--out", tmp_path / "new")

@@ -21,7 +21,8 @@ from torch.testing import assert_close
 
 import command.process
 import train
-from command.models import load_examples, new_adapters
+from command.examples import load_examples
+from command.models import new_adapters
 from data import Row, batch_of, encode, shuffled_batches
 from prefix import Prefix
 from small_base.world import task_examples
@@ -183,7 +184,7 @@ def test_a_training_ends_when_it_is_done(base):
 def scripted(monkeypatch, losses: list[float]) -> None:
     """Lets each evaluation say the next of these losses."""
     script = iter(losses)
-    monkeypatch.setattr(train, "evaluate", lambda *_: train.Scores(next(script), 0.0, [False]))
+    monkeypatch.setattr(train, "evaluate", lambda *_: train.Scores(next(script), 0.0, [False] * 9))
 
 
 def test_patience_counts_looks_without_a_new_best():
@@ -204,11 +205,11 @@ def test_patience_ends_a_training_and_saves_the_best(base, tmp_path, monkeypatch
         save(self, trainee, *others)
 
     monkeypatch.setattr(Checkpoint, "save", keep)
-    scripted(monkeypatch, [2.0, 1.0, 0.9, 0.5, 0.7, 0.6])  # frozen, step 0, steps 1 to 4
+    scripted(monkeypatch, [2.0, 1.0, 0.9, 0.5, 0.7, 0.6, 0.4])  # frozen, steps 0 to 4, the test
     flags = ["--steps", "9", "--eval-every", "1", "--patience", "2", "--out", tmp_path]
     record = run(base, *flags)
     assert [step for step, _ in record["curve"]] == [0, 1, 2, 3, 4]
-    assert record["loss_tuned"] == 0.5
+    assert record["loss_tuned"] == 0.4
     (saved,) = load_file(tmp_path / "adapter_model.safetensors").values()
     assert_close(saved.flatten(), kept[1]["0.start"].flatten(), rtol=0, atol=0)
     assert not list(tmp_path.glob("*best*"))
@@ -224,23 +225,26 @@ def test_a_loss_that_is_no_number_ends_the_run(base, tmp_path, monkeypatch, lr, 
     assert not files_in(tmp_path)
 
 
-def test_nothing_is_evaluated_twice(base, tmp_path, monkeypatch):
-    """One's own validation and test rows are one list, so the last look is the test."""
+def test_what_is_evaluated(base, tmp_path, monkeypatch):
+    """The frozen base on the test rows, each look on the validation rows, and the test in the end.
+
+    One's own validation examples are the test, too.
+    """
     examples = load_examples("", forty(base), None, 0)
     assert examples["test"] is examples["validation"] and len(examples["train"]) == 36
     calls = []
 
     def counted(model, adapters, rows, batch_size):
-        calls.append((bool(adapters), rows))
+        calls.append((bool(adapters), len(rows)))
         return evaluate(model, adapters, rows, batch_size)
 
     monkeypatch.setattr(train, "evaluate", counted)
     record = run(base, "--steps", "4", "--eval-every", "2", "--out", tmp_path / "own")
-    assert [tuned for tuned, _ in calls] == [False, True, True, True]  # frozen, steps 0, 2, 4
+    assert calls == [(False, 4), *4 * [(True, 4)]]  # frozen, steps 0, 2, 4, the test
     assert record["loss_tuned"] == record["curve"][-1][1]
     calls.clear()
     run(base, "--task", "chat", "--steps", "1", "--batch-size", "50", "--out", tmp_path / "task")
-    assert [len(rows) for _, rows in calls] == [300, 100, 100, 300]
+    assert calls == [(False, 300), (True, 100), (True, 100), (True, 300)]
 
 
 # ------------------------------------------------------------------------------- learning rates
@@ -278,13 +282,13 @@ def test_each_trial_of_a_rate_begins_anew(base, full, capsys):
     def begin() -> list[torch.nn.Module]:
         return [] if full else [Prefix.text(model, torch.arange(3))]
 
-    losses = find_rate(begin, model, rows, plan(7), 1e-3)
+    losses = find_rate(begin, model, rows, plan(7, lr=1e-3))
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     for rate, loss in losses.items():
         trained = copy.deepcopy(model)
         metrics = tune(trained, [] if full else begin(), rows, plan(2, lr=rate))
         assert loss == metrics[-1]["validation"]
-    assert math.inf in find_rate(begin, model, rows, plan(20), 3e37).values()  # it diverged
+    assert math.inf in find_rate(begin, model, rows, plan(20, lr=3e37)).values()  # it diverged
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("rate     three or more trainings of 2 steps")
     assert said[1] == f"rate     0.00033: validation loss {losses[0.00033]:.3f}"
@@ -316,12 +320,12 @@ def test_a_given_rate_and_the_small_base_need_no_search(base, tmp_path, monkeypa
 # ------------------------------------------------------------------------------------- progress
 
 
-def shown(monkeypatch, capsys, terminal: bool, first: int, steps: int, n_lines=5) -> list[str]:
+def shown(monkeypatch, capsys, terminal: bool, first: int, steps: int, **how) -> list[str]:
     """A run of steps of a sixteenth of a second and 50 tokens -> all that it prints."""
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(command.process, "time", clock)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    progress = command.process.Progress(first, steps, n_lines)
+    progress = command.process.Progress(first, steps, **how)
     for step in range(first + 1, steps + 1):
         clock.now += 0.0625
         progress.show(50, {"step": step, "loss": 1.0})
@@ -337,6 +341,8 @@ def test_progress_says_how_fast_and_how_long(monkeypatch, capsys, terminal):
     expected = [f"\r{line}" for line in lines] if terminal else [f"{line}\n" for line in lines]
     expected[-1] = expected[-1].rstrip("\n") + "\n"
     assert shown(monkeypatch, capsys, terminal, 10, 51) == expected
+    quiet = shown(monkeypatch, capsys, terminal, 10, 51, quiet=True)
+    assert quiet == (expected if terminal else [])  # as in the search of a rate
 
 
 # ----------------------------------------------------------------------------- several processes
@@ -349,8 +355,11 @@ def torchrun(base: str, *flags: object) -> list[str]:
 
 
 def test_what_the_second_of_two_processes_does(base, tmp_path, monkeypatch):
-    """It takes every second row, hands in loss and gradients, and saves nothing."""
-    handed_in, batches, loss_of = [], [], train.loss_of
+    """It takes every second row, hands in loss and gradients, and saves nothing.
+
+    Progress counts the tokens of both processes.
+    """
+    handed_in, batches, read, loss_of = [], [], [], train.loss_of
     two = {"is_initialized": lambda: True, "get_rank": lambda: 1, "get_world_size": lambda: 2}
     monkeypatch.setattr(
         command.process, "dist", SimpleNamespace(**two, all_reduce=handed_in.append)
@@ -358,11 +367,14 @@ def test_what_the_second_of_two_processes_does(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train, "loss_of", lambda *given: batches.append(given[1]) or loss_of(*given)
     )
+    progress = SimpleNamespace(show=lambda n_tokens, _: read.append(n_tokens))
+    monkeypatch.setattr(train, "Progress", lambda *_, **__: progress)
     model, rows = frozen(base), rows_of(base, 6)
     prefix = Prefix.random(model, 3).reparametrise(2)
     checkpoint = Checkpoint(tmp_path, {}, False, False)
     tune(model, [prefix], rows, plan(2, eval_every=1), checkpoint)
-    steps = islice(shuffled_batches(rows["train"], 4, 0), 2)
+    steps = list(islice(shuffled_batches(rows["train"], 4, 0), 2))
+    assert read == [sum(row.n_read for row in step) for step in steps]
     parts = [batch_of(step[1::2], model.device).idx.tolist() for step in steps]
     assert [batch.idx.tolist() for batch in batches] == parts
     shapes = [(), *(p.shape for p in prefix.parameters() if p.requires_grad)]
@@ -400,7 +412,7 @@ def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     """With an error, not with a wait for ever. The last checkpoint stays."""
     argv = torchrun(base, "--steps", "20000", "--eval-every", "5", "--out", tmp_path)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = "checkpoint.safetensors"
+    checkpoint = "checkpoint.pt"
     while not (tmp_path / checkpoint).exists():
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

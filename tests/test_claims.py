@@ -1,0 +1,410 @@
+"""docs/findings.md and the classroom's experiments: what they say of the runs is so in the runs.
+
+Digits are looked up in the stored tables. Words that compare, such as «alone», «in every pair» or
+«longer», stand below beside a computation. Runs are compared in pairs, of one base or seed.
+"""
+
+import json
+import re
+from functools import partial
+from operator import lt as less
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "classroom" / "results"
+FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+CLASSROOM = (ROOT / "classroom" / "README.md").read_text(encoding="utf-8")
+EXPERIMENTS = CLASSROOM.split("# Experiments")[1]
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
+NEVER = float("inf")
+
+
+def stored(name: str, folder: Path = RESULTS) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(name: str) -> dict[str, dict[str, str]]:
+    """A stored table -> its cells by the first cell and the heading."""
+    return rows_in((RESULTS / f"{name}.md").read_text(encoding="utf-8"))
+
+
+def rows_in(page: str) -> dict[str, dict[str, str]]:
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(heads, row)) for row in rows}
+
+
+def one_line(page: str) -> str:
+    return " ".join(page.split())
+
+
+def sentences_of(page: str) -> list[str]:
+    """-> the sentences of a page, without code, tables, headings and addresses."""
+    page = re.sub(r"^(    .*|\|.*|#.*|!\[.*)$", "", page, flags=re.MULTILINE)
+    page = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)
+    paragraphs = re.split(r"\n\s*\n|\n(?=- |\d+\. )", page)
+    parts = (re.split(r"(?<=[.!?:])\**\s+", one_line(paragraph)) for paragraph in paragraphs)
+    return [sentence for part in parts for sentence in part if re.search(r"\w", sentence)]
+
+
+def between(numbers: list[float], digits: str = ".2f") -> str:
+    return f"{min(numbers):{digits}} to {max(numbers):{digits}}"
+
+
+def by_seed(runs: list[dict], seeds: range = range(3), **cell: object) -> list[dict]:
+    """-> the reported runs of a cell, in the order of their seeds, which are those of bases too."""
+    found = [run for run in runs if cell.items() <= run.items() and run.get("seed") in seeds]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+# ------------------------------------------------------------------------------ the stored runs
+
+
+E2E = [run for run in stored("e2e")["runs"] if run.get("steps") and "test_bleu" in run]
+TABLED = [run for run in E2E if "values_apart" not in run]
+CHANGED = ("lora", "full")  # methods that change the weights
+LOST = {
+    changes: [
+        run["bleu"] - run["test_bleu"] for run in TABLED if (run["method"] in CHANGED) == changes
+    ]
+    for changes in (False, True)
+}
+BENCHMARK = {row["what"]: row for row in stored("benchmark", ROOT / "tests")["comparison"]}
+GPU = {
+    row["what"]: row for row in stored("benchmark-NVIDIA-H200", ROOT / "tests")["comparison"]
+}
+COMPARE = stored("compare")
+TASKS = ("sentiment", "sentence", "chat", "verdict", "shifted")
+
+
+def steps_ratio(rows: dict[str, dict]) -> list[float]:
+    """-> how many times as long a soft prompt's step takes as that of a prefix of its length."""
+    prompts = [what for what in rows if re.match(r"1\d\dM soft_prompt .* step$", what)]
+    return [rows[w]["here"] / rows[w.replace("soft_prompt", "prefix")]["here"] for w in prompts]
+
+
+def scores(method: str, size: int, key: str) -> list[float]:
+    """-> one score of a cell of E2E's table, seed by seed."""
+    return [run[key] for run in by_seed(TABLED, method=method, size=size)]
+
+
+def earlier(demand: str, N: int, method: str, size: int) -> list[dict]:
+    """-> the reported runs of a cell of the earlier table of demands, base by base."""
+    cell = {"demand": demand, "N": N, "method": method, "size": size}
+    runs = [run for run in stored("exp1_earlier")["runs"] if run["base"] < 100]
+    found = [run for run in runs if cell.items() <= run.items()]
+    return sorted(found, key=lambda run: run["base"])
+
+
+def steps(demand: str, N: int, method: str, size: int) -> list[float]:
+    """-> for each of them, the steps until all validation answers were right: or NEVER."""
+    runs = earlier(demand, N, method, size)
+    return [run["curve"][-1][0] if run["exact"] == 100 else NEVER for run in runs]
+
+
+def compared(task: str, method: str, key: str = "exact_match") -> list[float]:
+    """-> one value of the reported runs of compare.py, seed by seed."""
+    reported = [run for run in COMPARE["runs"] if "exact_match" in run]  # a search has no test
+    return [run[key] for run in by_seed(reported, range(9), task=task, method=method)]
+
+
+def experiment(name: str, key: str, **cell: object) -> list:
+    """-> one value of an experiment's reported runs, base by base."""
+    return [run[key] for run in by_seed(stored(name)["runs"], **cell)]
+
+
+def all_less(some: list[float], others: list[float]) -> bool:
+    """-> whether it is less in every pair."""
+    return len(some) == len(others) == 3 and all(a < b for a, b in zip(some, others))
+
+
+# -------------------------------------------------------------------------------- the verdicts
+
+
+def test_the_verdicts_are_those_of_the_runs():
+    """Eight claims. Each has a verdict, one word first, and the number that it rests on."""
+    shares = re.findall(
+        r"^\| (?:GPT-2|SmolLM2-135M|Llama 3.2 1B) \| (.+?) \| (.+) \|$",
+        (RESULTS / "compare.md").read_text(encoding="utf-8"), re.M,
+    )  # fmt: skip
+    share = {"prefix": [], "soft prompt": []}
+    for method, percents in shares:
+        share[method] += [float(cell.removesuffix(" %")) for cell in percents.split(" | ")]
+    costs, e2e = table("e2e_costs"), table("e2e_table")
+    kept = [costs[method]["kept for backward"] for method in ("prefix of 10", "soft prompt of 20")]
+    kept = [f"{float(cell.removesuffix(' MB')):.0f} MB" for cell in kept]
+    demand = table("exp1_earlier")
+    facts = [demand[method]["fact 36"] for method in ("prefix of 8", "soft prompt of 64")]
+    facts = [cell.split(",")[0].replace(" [", " % [") for cell in facts]
+    stack = e2e["prefix + soft prompt of 9 + 20"]["BLEU, test"]
+    alone = e2e["prefix of 10"]["BLEU, test"]
+    expected = {
+        "A prefix trains": ("depends", f"{between(share['prefix'], 'g')} %"),
+        "A soft prompt trains": ("depends", f"{between(share['soft prompt'], 'g')} %"),
+        "A prefix needs more memory": ("no", f"{kept[0]}; soft prompt {kept[1]}"),
+        "Complex tasks": ("undecided", f"{facts[0]}; soft prompt {facts[1]}"),
+        "A soft prompt is cheaper": ("no", f"{between(steps_ratio(BENCHMARK))} of a prefix's step"),
+        "Simple tasks": ("yes", "100 % with 768 numbers"),
+        "Combining both": ("not seen", f"BLEU {stack}; prefix alone {alone}"),
+    }
+    verdicts = rows_in(FINDINGS.split("\n\nEvery number")[0])
+    assert len(verdicts) == 8
+    for begin, (verdict, number) in expected.items():
+        (row,) = (row for claim, row in verdicts.items() if claim.startswith(begin))
+        assert (row["verdict"], row["the number"]) == (verdict, number)
+    words = {"yes", "no", "depends", "not seen", "undecided", "being measured"}
+    assert {row["verdict"] for row in verdicts.values()} <= words
+    assert {n for task in TASKS[:4] for n in compared(task, "soft_prompt")} == {100}
+    assert compared("sentiment", "soft_prompt", "trained") == 3 * [768]
+
+
+# ---------------------------------------------------------------------------------- the digits
+
+
+def test_every_table_of_the_pages_is_a_stored_one():
+    """No cell was typed, but in the table of verdicts."""
+    results = "\n".join(path.read_text(encoding="utf-8") for path in RESULTS.glob("*.md"))
+    for page in (FINDINGS.split("\n\nEvery number")[1], EXPERIMENTS):
+        for some in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE):
+            assert some in results, some
+
+
+def derived_numbers() -> set[str]:
+    """-> what the findings say that stands in no table, made of the runs."""
+    numbers = []
+    for lost in LOST.values():
+        numbers += [f"{edge(lost):.1f}" for edge in (min, max)]
+    for changes in (False, True):
+        numbers += [f"{edge(lost_on_one_machine()[changes]):.1f}" for edge in (min, max)]
+    for rows in (BENCHMARK, GPU):
+        numbers += [f"{edge(steps_ratio(rows)):.2f}" for edge in (min, max)]
+    means = [mean([run["bleu"] for run in cell]) for cell in prefixes()]
+    numbers.append(f"{max(means) - min(means):.1f}")
+    numbers.append(f"{GPU['135M soft_prompt P=20 float32 step']['/full']:.2f}")
+    costs = COMPARE["costs"]
+    tokens = [cost["token"] / costs["none"]["token"] for cost in costs.values()]
+    new = [run for run in stored("exp1_demand")["runs"] if run["seed"] < 3]
+    numbers += [f"{run['steps']:,}" for run in new if run["demand"] == "route-36"]
+    numbers += [str(2400 * 8 // 432), *(f"{n}" for n in steps("fact", 36, "prefix", 8))]
+    return set(numbers) | {f"{edge(tokens):.2f}" for edge in (min, max)}
+
+
+def lost_on_one_machine() -> dict[bool, list[float]]:
+    """-> BLEU lost from validation to test in seed 0, by whether the weights change."""
+    runs = [run for run in TABLED if run["seed"] == 0]
+    assert len({run["machine"] for run in runs}) == 1 and len(runs) == 8
+    return {
+        changes: [
+            run["bleu"] - run["test_bleu"] for run in runs if (run["method"] in CHANGED) == changes
+        ]
+        for changes in (False, True)
+    }
+
+
+def prefixes() -> list[list[dict]]:
+    """-> the reported runs of E2E's prefixes, length by length."""
+    runs = [run for run in stored("e2e")["runs"] if run.get("init") == "text"]
+    runs = [run for run in runs if "values_apart" not in run and "bleu" in run]
+    return [by_seed(runs, method="prefix", size=size, steps=200) for size in (1, 5, 10, 20)]
+
+
+PARTS = {  # a section of the findings -> the scripts and tables that it reports
+    "Usual tasks on the small base": ("compare",),
+    "Real language: E2E": ("e2e",),
+    "The claims, one by one": ("exp1_demand", "exp1_earlier", "compare", "e2e"),
+    "What each demand needs": ("exp1_demand", "exp1_earlier"),
+}
+PAPERS = {"2017", "2021", "6.4", "70.3", "68.8", "62.2", "70.4"}  # what they report
+COUNTS = {"4,672", "547", "500", "484"}  # of E2E: pairs, records, test records, new ones
+CLAIMED = {"0.1", "0.01"}  # percent, of shares
+EARLIER = {"2,400", "0.01"}  # steps and a rate of runs whose script has changed
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_number_of_the_findings_was_measured(part):
+    """To the digits shown, it is in a table or the script of its part, or made of the runs."""
+    text = FINDINGS.split(f"## {part}")[1].split("\n## ")[0]
+    scripts = [ROOT / "classroom" / f"{script}.py" for script in PARTS[part]]
+    sources = [path.read_text(encoding="utf-8") for path in scripts if path.exists()]
+    known = "".join(sources).replace("_000", ",000")
+    for script in PARTS[part]:
+        known += "".join(path.read_text(encoding="utf-8") for path in RESULTS.glob(f"{script}*.md"))
+    said = set(NUMBER.findall(" ".join(sentences_of(text))))
+    assert said
+    extra = derived_numbers() | PAPERS | COUNTS | CLAIMED | EARLIER
+    missing = said - set(NUMBER.findall(known)) - extra
+    assert not missing
+
+
+# ----------------------------------------------------------------------------------- the words
+
+
+def claims_of_the_findings() -> dict[str, bool]:
+    """-> words of docs/findings.md -> whether the runs say so."""
+    frozen, changed = LOST[False], LOST[True]
+    seed_0 = lost_on_one_machine()
+    five, ten = scores("prefix", 5, "test_bleu"), scores("prefix", 10, "test_bleu")
+    stack = scores("both", 9, "test_bleu")
+    full, lora = scores("full", 0, "test_bleu"), scores("lora", 2, "test_bleu")
+    twenty, long = scores("soft_prompt", 20, "test_bleu"), scores("soft_prompt", 200, "test_bleu")
+    sizes = [("prefix", 8), ("soft_prompt", 20), ("soft_prompt", 64)]
+    eight, more = ([steps("route", N, *cell) for cell in sizes] for N in (8, 36))
+    xor = earlier("xor", 36, "lora", 4)
+    others = [("prefix", 5), ("prefix", 10), ("both", 9), ("lora", 2), ("lora", 4), ("full", 0)]
+    losses = [scores(*cell, "test_loss") for cell in [*others[:-1], ("soft_prompt", 20)]]
+    rest = [scores(*cell, "test_bleu") for cell in [*others, ("soft_prompt", 200)]]
+    prefix_loss = scores("prefix", 10, "test_loss")
+    return {
+        "In every pair of runs, both soft prompts take longer": all(
+            all_less(eight[0], some) for some in eight[1:]
+        ),
+        "soft prompt of 20 ties with the prefix in one run": sum(
+            a == b for a, b in zip(*more[:2])
+        ) == 1,
+        "that of 64 is faster in one": sum(map(less, more[2], more[0])) == 1,
+        "in three runs of three, a soft prompt of 64 in two": [
+            sum(n < NEVER for n in some) for some in (more[0], more[2])
+        ] == [3, 2],
+        "LoRA ran only at a rate of 0.01": {run["lr"] for run in xor} == {0.01},
+        "two of its runs ended at 0 %": sum(run["test"] == 0 for run in xor) == 2,
+        "a soft prompt of 20 learned *route 36* after 600, 750 and 1,300 steps": [
+            (run["steps"], run["solved"])
+            for run in by_seed(stored("exp1_demand")["runs"], demand="route-36", size=20)
+        ] == [(600, True), (750, True), (1300, True)],
+        "1.46 [1.45–1.46], in every pair": all_less(
+            prefix_loss, scores("soft_prompt", 200, "test_loss")
+        ),
+        "higher in two pairs of three, never by a point": sum(a > b for a, b in zip(stack, ten))
+        == 2 and max(abs(a - b) for a, b in zip(stack, ten)) < 1,
+        "Every run loses BLEU from validation to test": min(frozen + changed) > 0,
+        "In every single run, methods that leave the weights alone lose": max(frozen)
+        < min(changed),
+        "On the one machine where all ran": max(seed_0[False]) < min(seed_0[True]),
+        "which is less in every pair": all(all_less(full, some) for some in (five, ten, stack)),
+        "is also less in every pair": all(all_less(lora, some) for some in (five, ten, stack)),
+        "full fine-tuning stays ahead in every pair": all(
+            all_less(scores("full", 0, "test_loss"), some) for some in losses
+        ),
+        "behind all others in every pair": all(all_less(twenty, some) for some in rest),
+        "more BLEU on test in one pair of three": sum(a > b for a, b in zip(long, ten)) == 1,
+        "Two of its three pairs join two machines": [
+            run["machine"] == other["machine"]
+            for run, other in zip(
+                by_seed(TABLED, method="lora", size=2), by_seed(TABLED, method="prefix", size=10)
+            )
+        ] == [True, False, False],
+        "In seed 0 alone, all methods ran on one": True,  # lost_on_one_machine asserts it
+        "100 % exact match with every seed": all(
+            run["exact_match"] == 100
+            for run in COMPARE["runs"] if "exact_match" in run and run["task"] in TASKS[:4]
+        ),
+        "which is more in every pair": all(
+            all_less(*(compared(task, method, "loss") for method in ("prefix", "soft_prompt")))
+            for task in TASKS[:4]
+        ),
+        "more in two pairs of three": sum(
+            map(less, compared("shifted", "prefix"), compared("shifted", "lora"))
+        ) == 2,
+        "The stack has less than the prefix in every pair": all_less(
+            compared("shifted", "both"), compared("shifted", "prefix")
+        ),
+    }  # fmt: skip
+
+
+WORDS = r"alone|every (?:single )?(?:run|pair|base|seed)|overlaps?|sooner|longer|ahead|behind"
+COMPARING = re.compile(rf"\b(?:{WORDS}|pairs? of three)\b")
+PLAIN = (  # sentences that compare no runs
+    "«longer», «alone», «in every pair».", "the cheapest method that keeps up",
+    "to predict the text alone", "Learning the inputs only is far behind",
+)  # fmt: skip
+
+
+def unsupported(page: str, claims: dict[str, bool]) -> list[str]:
+    """-> sentences with a word that compares, but without a claim that is computed."""
+    found = [sentence for sentence in sentences_of(page) if COMPARING.search(sentence)]
+    return [s for s in found if not any(part in s for part in (*claims, *PLAIN))]
+
+
+@pytest.mark.parametrize("claim", claims_of_the_findings())
+def test_words_of_the_findings_are_so_in_the_runs(claim):
+    """The page says it, and the runs do."""
+    assert claim in one_line(FINDINGS) and claims_of_the_findings()[claim]
+
+
+def test_no_word_of_the_findings_compares_without_a_computation():
+    """«Alone», «longer», «in every pair» and their like stand in no other sentence."""
+    assert not unsupported(FINDINGS, claims_of_the_findings())
+
+
+def claims_of_the_classroom() -> dict[str, bool]:
+    """-> words of classroom/README.md -> whether the runs say so."""
+    forgetting = stored("exp4_forgetting")["runs"]
+    states = {
+        state: [
+            mean(run[state] for run in forgetting if run["seed"] == seed and is_other(run))
+            for seed in range(3)
+        ]
+        for state in ("frozen", "full", "on", "off")
+    }
+    distance = partial(experiment, "exp5_distillation", "divergence")
+    taught = {n: distance(way="taught by the model with the text", size=n) for n in (2, 8, 16)}
+    first, own = (distance(way=way, size=8) for way in ("the first words", "trained on the text"))
+    nothing = distance(way="none")
+    pruning = {
+        method: by_seed(stored("exp3_transfer_and_pruning")["runs"], method=method)
+        for method in ("prefix", "soft_prompt")
+    }
+    places = ("inside", "outside")
+    chat = [experiment("exp6_outside", "loss", place=place, task="chat") for place in places]
+    shifted = [experiment("exp6_outside", "exact", place=place, task="shifted") for place in places]
+    return {
+        "A prefix does harm there in every pair of bases": all(
+            other["loss"] > 3 * other["frozen"]
+            for run in pruning["prefix"] for other in run["others"]
+        ),
+        "A soft prompt does little": all(
+            abs(other["loss"] - other["frozen"]) < 0.1
+            for run in pruning["soft_prompt"] for other in run["others"]
+        ),
+        "It is so in every pair, for both methods": all(
+            run["trained"] < run["pruned"][-2] for runs in pruning.values() for run in runs
+        ),
+        "A soft prompt loses more by it": all_less(
+            *([run["pruned"][3] - run["loss"] for run in runs] for runs in pruning.values())
+        ),
+        "a lower loss inside in every pair": all_less(*chat),
+        "more in one pair of three": sum(map(less, *shifted)) == 1,
+        "less on two bases, and more on one": sum(map(less, states["on"], states["full"])) == 2,
+        "the loss is that of the frozen base, in every run": states["off"] == states["frozen"],
+        "less than half of what nothing has, in every pair": all_less(
+            taught[2], [n / 2 for n in nothing]
+        ),
+        "hardly leaves that": max(abs(a - b) for a, b in zip(first, own)) < 0.02,
+        "16 have no less": abs(mean(taught[8]) - mean(taught[16])) < 0.005,
+        "most of what the text does fits into a few tokens": all_less(
+            taught[2], [n / 2 for n in nothing]
+        ),
+    }
+
+
+def is_other(run: dict) -> bool:
+    return not run["pair"].endswith("→ sentence")
+
+
+CHECKED = ("1. ", "3. ", "4. ", "5. ", "6. ")  # sections of the experiments
+
+
+@pytest.mark.parametrize("claim", claims_of_the_classroom())
+def test_words_of_the_experiments_are_so_in_the_runs(claim):
+    """The page says it, and the runs do."""
+    assert claim in one_line(EXPERIMENTS) and claims_of_the_classroom()[claim]
+
+
+def test_no_word_of_the_experiments_compares_without_a_computation():
+    """As on the page of findings."""
+    parts = [part for part in EXPERIMENTS.split("\n## ") if part.startswith(CHECKED)]
+    assert len(parts) == len(CHECKED)
+    assert not [s for part in parts for s in unsupported(part, claims_of_the_classroom())]
