@@ -305,3 +305,13 @@ def test_the_nearest_tokens_go_by_the_angle():
     vectors = embeddings[[3, 7, 11]] * torch.tensor([[0.01], [1.0], [50.0]])
     assert inspect_adapter.nearest_tokens(vectors, embeddings, 2)[:, 0].tolist() == [3, 7, 11]
     assert inspect_adapter.nearest_tokens(-vectors, embeddings, 50)[:, -1].tolist() == [3, 7, 11]
+
+
+def test_a_head_can_be_drawn_alone(flags):
+    """--head 2 3 draws one picture, of head 3 in layer 2. A head that is not there is an error."""
+    train.main(["--method", "prefix", "--steps", "1", "--lr", "0.1", "--out", "adapter", *flags])
+    with pytest.raises(ValueError, match="--head 2 5: there are 4 layers of 4 heads"):
+        inspect_adapter.main(["adapter", "--head", "2", "5", *flags[2:]])
+    inspect_adapter.main(["adapter", "--head", "2", "3", *flags[2:]])
+    drawn = [path.name for path in Path().glob("*.png")]
+    assert drawn == ["adapter-layer2-head3.png"] * bool(find_spec("matplotlib"))
