@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D)
-KVCache = list[KV]  # those of all L layers; batch 1 serves all rows
+KVCache = list[KV]  # those of all L layers; a batch of 1 is shared by all rows
 
 
 def causal_mask(T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
         """(B, T, C) -> (B, T, C), and the keys and values of all S positions."""
-        heads = self.c_attn(x).unflatten(-1, (3 * self.n_head, -1))  # (B, T, 3 · H, D)
+        heads = self.c_attn(x).unflatten(-1, (3 * self.n_head, -1))  # (B, T, H + H + H, D)
         q, k, v = heads.transpose(1, 2).chunk(3, dim=1)  # (B, H, T, D) each
         k, v = append_past(past, k, v)  # (B, H, S, D)
         y = self.attend(q, k, v, mask)  # (B, H, T, D)
@@ -201,7 +201,7 @@ def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None
 
 
 def rows_of(caches: list[KVCache]) -> KVCache:
-    """N caches of batch 1 and one length -> one of batch N: each row has its own past."""
+    """N caches of batch 1 and one length -> one of batch N: each user a prefix, in one batch."""
     lengths = [past_length(cache) for cache in caches]
     if len(set(lengths)) > 1:
         raise ValueError(f"pasts of {lengths} positions in one batch: give adapters of one length")

@@ -1,7 +1,8 @@
 """Prefix tuning (Li & Liang 2021): learn the keys and values of P virtual tokens, in every layer.
 
 A prefix is a KV cache that you can train. No token produced it, and nothing is computed for it. The
-numbers in the cache are themselves the parameters, P · L·2·C of them (H·D is C in a GPT-2):
+numbers in the cache are themselves the parameters, P · L·2·C of them (H·D is C in a GPT-2). The
+text stands at positions P … P + T - 1, as it would behind P real tokens.
 
                   P virtual tokens      T new tokens
                ┌───────────────────┬───────────────────┐
@@ -86,18 +87,22 @@ class Prefix(nn.Module):
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), in the model's dtype.
 
-        Behind a `past_kv`, they are those of all positions, with a row for each of its rows.
+        Behind a `past_kv` of Q positions and B rows, they are (B, H, Q + P, D).
         Raises ValueError if the model has other sizes than the prefix.
         """
         shape, needed = tuple(self.start.shape), model.kv_shape(len(self.start))
         if shape != needed:
             sizes = f"(P, L, 2, H, D) = {shape}, but {model.name} needs {needed}"
             raise ValueError(f"the prefix has {sizes}: load it onto its own base")
-        layers = self.kv().to(model.dtype).movedim(0, 3)[:, :, None]  # (L, 2, 1, H, P, D)
+        layers = self.kv().to(model.dtype).movedim(0, 3)  # (L, 2, H, P, D)
+        layers = layers.unsqueeze(2)  # (L, 2, 1, H, P, D): a batch of 1
         pasts = past_kv or [None] * len(layers)
         return [append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]
 
 
 def trainable(start: Tensor) -> Tensor:
-    """-> a copy in float32 or wider: half precision would round small updates away."""
+    """-> a copy in float32 or wider: half precision would round small updates away.
+
+    nn.Parameter makes a leaf of it, cut off from what computed the numbers.
+    """
     return start.to(torch.promote_types(start.dtype, torch.float32), copy=True).contiguous()

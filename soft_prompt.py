@@ -51,7 +51,7 @@ class SoftPrompt(nn.Module):
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), as the model computes them.
 
-        Behind a `past_kv`, they are those of all positions, with a row for each of its rows.
+        Behind a `past_kv` of Q positions and B rows, they are (B, H, Q + P, D).
         Raises ValueError if the model is of another width.
         """
         C, width = self.vectors.size(1), model.config.n_embd

@@ -88,7 +88,7 @@ class Diverged(ValueError):
 
 
 class Plan(NamedTuple):
-    """How a training goes: lengths in optimizer steps, and the learning rate at its peak."""
+    """How a training goes: lengths in optimizer steps, and the rate where the line down begins."""
 
     steps: int
     lr: float
@@ -114,8 +114,7 @@ def tune(
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
     look = partial(evaluate, model, adapters, rows["validation"], plan.batch_size)
     metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []
-    if not metrics:
-        metrics = [{"step": 0, "lr": plan.lr} | entry_of(look())]
+    metrics = metrics or [{"step": 0, "lr": plan.lr} | entry_of(look())]
     first = metrics[-1]["step"]
     rank, processes = this_process()
     size = plan.micro_batch or plan.batch_size
@@ -126,17 +125,17 @@ def tune(
             break
         optimizer.param_groups[0]["lr"] = plan.rate(step)
         optimizer.zero_grad()
-        n_targets = sum(len(row.target) for row in step_rows)
+        n_targets = sum(len(row.target) for row in step_rows)  # so that losses of parts add up
         total = torch.zeros((), device=model.device)
         own_rows = step_rows[rank::processes]
         for i in range(0, len(own_rows), size):  # once, unless memory is short
             batch = batch_of(own_rows[i : i + size], model.device)
-            loss = loss_of(model, batch, stacked_past_kv(adapters, model), n_targets)
+            past_kv = stacked_past_kv(adapters, model)  # anew, for backward() frees its graph
+            loss = loss_of(model, batch, past_kv, n_targets)
             loss.backward()
             total += loss.detach()
-        sum_over_processes(total, trainee)
+        sum_over_processes(total, trainee)  # the loss and the gradients
         optimizer.step()
-
         entry = {"step": step, "loss": total.item()}
         is_look = step % plan.eval_every == 0 or step == plan.steps
         if is_look:
@@ -160,7 +159,7 @@ def find_rate(
 
     def loss_at(rate: float) -> float:
         adapters = begin()
-        trained = model if adapters else copy.deepcopy(model)
+        trained = model if adapters else copy.deepcopy(model)  # tuning would change it
         try:
             loss = tune(trained, adapters, rows, short._replace(lr=rate))[-1]["validation"]
         except Diverged:
@@ -183,6 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     full = args.method == "full"
     model, tokenizer, template = open_base(args.base, args.chat, args.device, args.dtype, full)
+    model.requires_grad_(full)  # the base is frozen, unless it is what we tune
     rows = {split: encode(tokenizer, some, template) for split, some in examples.items()}
     begin = partial(
         new_adapters, ADAPTERS_OF[args.method], model, tokenizer, rows["train"], P=args.n_virtual,

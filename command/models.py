@@ -49,7 +49,7 @@ def open_base(
     barrier()
     tokenizer, template = load_tokenizer(name), load_chat_template(name) if chat else None
     model = load_base(name)
-    model = model.to(where, pick_dtype(dtype, model, where, full)).requires_grad_(full)
+    model = model.to(where, pick_dtype(dtype, model, where, full)).requires_grad_(False)
     n, c = sum(p.numel() for p in model.parameters()), model.config
     number_type = str(model.dtype).removeprefix("torch.")
     say(f"base     {name}: {n:,} parameters, context {c.block_size}, {number_type} on {where}")

@@ -191,7 +191,7 @@ MISTAKES = {
             return [(k, v) for k, v in self.kv().reshape(L, 2, 1, H, P, D)]"""),
         ("the prefix behind it", "append_past(past, k, v)",
          "append_past((k, v), *past) if past else (k, v)"),
-        ("are (1, H, P, D)", "[:, :, None]", ""),
+        ("are (1, H, P, D)", "layers.unsqueeze(2)", "layers"),
         ("not the two lists", PER_LAYER, "(past_kv or []) + [(k, v) for k, v in layers]"),
         ("The past in front is lost", "append_past(past, k, v)", "(k, v)"),
         ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
