@@ -433,3 +433,11 @@ def test_a_processor_that_emulates_bfloat16_says_what_it_costs(monkeypatch, caps
         assert pick_dtype("bfloat16", model, cpu, full=False) == torch.bfloat16
         sentence = "--dtype bfloat16: this processor emulates it, and takes 7 times as long"
         assert (sentence in capsys.readouterr().out) == (slow > 1)
+
+
+@pytest.mark.parametrize("flags", ["--task chat", "--data a.jsonl", "--predict b", "--prompt hi"])
+def test_one_thing_to_do_is_enough_for_generate(flags):
+    """A task, a file, predictions of the default task, or a prompt: each stands alone."""
+    name, value = flags.split()
+    given = vars(generate_flags("", [name, value]))
+    assert str(given[name.removeprefix("--")]) == value
