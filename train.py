@@ -141,9 +141,9 @@ def tune(
         if is_look:
             entry |= entry_of(look())
         metrics.append(entry)
-        both = entry["loss"] + entry.get("validation", 0.0)
-        if not math.isfinite(both):
-            raise Diverged(f"the loss became {both} with --lr {plan.lr:g}: lower it")
+        losses = entry["loss"] + entry.get("validation", 0.0)
+        if not math.isfinite(losses):
+            raise Diverged(f"the loss became {losses} with --lr {plan.lr:g}: lower it")
         if is_look and checkpoint and rank == 0:
             checkpoint.save(trainee, optimizer, metrics)
         progress.show(sum(row.n_read for row in step_rows), entry)
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.lr is None:  # searched, unless the checkpoint of a resumed run has the table
         rates = checkpoint.stored.get("rates") or find_rate(begin, model, rows, plan)
         checkpoint.add_settings({"rates": rates})
-        plan = plan._replace(lr=float(min(rates, key=rates.get)))
+        plan = plan._replace(lr=min(rates, key=rates.get))
 
     def is_done(metrics: Metrics) -> bool:
         return looks_since_best(metrics) == args.patience  # never, without patience

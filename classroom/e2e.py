@@ -39,7 +39,7 @@ from command.console import run_command, say
 from command.examples import read_jsonl
 from command.models import ADAPTERS_OF, new_adapters
 from command.process import pick_dtype
-from data import Example, Row, batch_of, encode, source_ids
+from data import Example, batch_of, encode, source_ids
 from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from storage.base import fingerprint, load_base

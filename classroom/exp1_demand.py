@@ -1,7 +1,7 @@
 """1. How soon does each method learn it, or not at all?
 
-    python classroom/exp1_demand.py                       some eight hours of one core
-    python classroom/exp1_demand.py --demands route-36    one column; a second process may do another
+    python classroom/exp1_demand.py                       many hours of one core
+    python classroom/exp1_demand.py --demands route-36    one column; another process may do one
 
 The demands grow, so that the methods do not tie. The input is a message that asks a restaurant for
 its food. Its name is the key: one of the first N names, or one of 432 pairs of name and food. A

@@ -15,7 +15,7 @@ import itertools
 from typing import Any
 
 import torch
-from common import Experiment, band, best_rate, colour, looks_of, spread
+from common import Experiment, band, best_rate, looks_of, spread
 from exp1_demand import MIDDLES, label
 from torch import nn
 

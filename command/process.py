@@ -71,14 +71,13 @@ def pick_dtype(name: str | None, model: Decoder, device: torch.device, full: boo
         return torch.float32
     if device.type != "cpu":
         return torch.bfloat16 if name else model.dtype
+    if name is None and sum(p.numel() for p in model.parameters()) < 10**7:  # nothing to gain
+        return torch.float32
     slower = seconds_of_a_product(torch.bfloat16) / seconds_of_a_product(torch.float32)
-    if name:
-        if slower > 1:
-            cost = f"takes {slower:.0f} times as long as in float32"
-            say(f"--dtype bfloat16: this processor emulates it, and {cost}")
-        return torch.bfloat16
-    small = sum(p.numel() for p in model.parameters()) < 10**7  # nothing to gain
-    return torch.float32 if small or slower > 1 else torch.bfloat16
+    if name and slower > 1:
+        cost = f"takes {slower:.0f} times as long as in float32"
+        say(f"--dtype bfloat16: this processor emulates it, and {cost}")
+    return torch.bfloat16 if name or slower <= 1 else torch.float32
 
 
 def seconds_of_a_product(dtype: torch.dtype) -> float:

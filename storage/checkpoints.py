@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from data import Scores
 from storage.adapters import stored_rows
 from storage.files import difference, read_tensors, replace_file, write_tensors
 
 Metrics = list[dict[str, Any]]  # one entry a step; step 0 and each look also have "validation"
 
 
-def entry_of(scores: tuple[float, float, list[bool]]) -> dict[str, Any]:
+def entry_of(scores: Scores) -> dict[str, Any]:
     """What `evaluate` says -> the entry of a look, with the first three rows that are wrong."""
-    loss, tokens, exact = scores
-    entry = {"validation": loss, "tokens": tokens, "exact_match": 100 * sum(exact) / len(exact)}
-    return entry | {"wrong": [i for i, right in enumerate(exact) if not right][:3]}
+    wrong = [i for i, exact in enumerate(scores.exact) if not exact][:3]
+    numbers = {"validation": scores.loss, "tokens": scores.tokens}
+    return numbers | {"exact_match": scores.exact_match(), "wrong": wrong}
 
 
 def curve_of(metrics: Metrics) -> list[tuple[int, float]]:
@@ -67,11 +68,6 @@ class Checkpoint:
             stopped = f"{self.file} is of a run stopped after step {self.metrics[-1]['step']}"
             raise ValueError(f"{stopped}: add --resume to go on, or delete it")
         self.add_settings(settings)
-
-    @property
-    def lr(self) -> float | None:
-        """-> the peak learning rate that the run began with."""
-        return self.metrics[0]["lr"] if self.metrics else None
 
     def read(self) -> None:
         """Takes what is in the file. Raises ValueError if it is broken, or somebody else's."""

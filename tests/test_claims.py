@@ -114,6 +114,14 @@ def solved(demand: str, method: str, size: int) -> list[float]:
     return [run["steps"] if run["solved"] else NEVER for run in runs]
 
 
+def prefix_is_sooner(*sizes: int) -> bool:
+    """-> whether a prefix of 8 is, in each pair, than soft prompts of these sizes."""
+    return all(
+        all_less(solved(demand, "prefix", 8), solved(demand, "soft_prompt", size))
+        for demand in HARD for size in sizes
+    )  # fmt: skip
+
+
 def compared(task: str, method: str, key: str = "exact_match") -> list[float]:
     """-> one value of the reported runs of compare.py, seed by seed."""
     reported = [run for run in COMPARE["runs"] if "exact_match" in run]  # a search has no test
@@ -284,16 +292,12 @@ def claims_of_the_findings() -> dict[str, bool]:
         "All methods learned all demands that we ran to their end": all(
             run["solved"] for run in reported
         ) and len(reported) == 3 * 6 * 4,
-        "is sooner than both soft prompts in every pair": all(
-            all_less(solved(demand, "prefix", 8), solved(demand, "soft_prompt", size))
-            for demand in HARD for size in (20, 64)
-        ),
+        "is sooner than both soft prompts in every pair": prefix_is_sooner(20, 64),
         "takes 50 steps or fewer with every method": {
             run["steps"] for run in reported if run["demand"] == "route-1"
         } == {50},
-        "*A prefix is sooner than a soft prompt* in every pair, on route 8, route 36 and fact 36": all(
-            all_less(solved(demand, "prefix", 8), solved(demand, "soft_prompt", size))
-            for demand in HARD for size in (20, 64)
+        "*A prefix is sooner than a soft prompt* in every pair, on route 8, route 36 and fact 36": (
+            prefix_is_sooner(20, 64)
         ),
         "*LoRA and full fine-tuning are sooner than a prefix* in every pair": all(
             all_less(solved(demand, *cell), solved(demand, "prefix", 8))
@@ -396,10 +400,7 @@ def claims_of_the_classroom() -> dict[str, bool]:
     chat = [experiment("exp6_outside", "loss", place=place, task="chat") for place in places]
     shifted = [experiment("exp6_outside", "exact", place=place, task="shifted") for place in places]
     return {
-        "36 routes and 36 facts, and a prefix is sooner in every pair": all(
-            all_less(solved(demand, "prefix", 8), solved(demand, "soft_prompt", 64))
-            for demand in HARD
-        ),
+        "36 routes and 36 facts, and a prefix is sooner in every pair": prefix_is_sooner(64),
         "A prefix does harm there in every pair of bases": all(
             other["loss"] > 3 * other["frozen"]
             for run in pruning["prefix"] for other in run["others"]

@@ -424,7 +424,7 @@ def test_an_interrupted_program_ends_with_status_130_and_one_line(capsys):
 
 
 def test_a_processor_that_emulates_bfloat16_says_what_it_costs(monkeypatch, capsys):
-    """It is not chosen there, and taken with a sentence if asked for; where it is quicker, without."""
+    """It is not chosen there, and taken with a sentence if asked for; elsewhere without one."""
     model, cpu = torch.nn.Linear(4000, 4000, device="meta"), torch.device("cpu")
     for slow, chosen in ((7.0, torch.float32), (0.5, torch.bfloat16)):
         seconds = {torch.bfloat16: slow, torch.float32: 1.0}
