@@ -47,21 +47,9 @@ RECIPES = TUNED | {
     "lora": Recipe("train small updates of the weights", 4, 1e-2, 1e-3),  # its length is a rank
 }
 STEPS = 150  # of a run, unless an experiment says otherwise: the stored results had as many
+UNREPORTED = 100  # the seed of the base, data and start on which learning rates are chosen
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path("out/quick")
-
-
-@contextlib.contextmanager
-def attending(model: Decoder, functions: list[Callable]) -> Iterator[None]:
-    """While it lasts, each layer attends by a function of its own, called as model.attend is."""
-    before = [block.attn.attend for block in model.h]
-    try:
-        for block, function in zip(model.h, functions):
-            block.attn.attend = function
-        yield
-    finally:
-        for block, function in zip(model.h, before):
-            block.attn.attend = function
 
 
 def attention(model: Decoder, idx: Tensor, past_kv: KVCache | None = None) -> Tensor:
@@ -73,8 +61,13 @@ def attention(model: Decoder, idx: Tensor, past_kv: KVCache | None = None) -> Te
         weights.append((scores + mask).softmax(dim=-1))
         return attend(q, k, v, mask)
 
-    with attending(model, [noted] * len(model.h)):
+    try:
+        for block in model.h:
+            block.attn.attend = noted
         model(idx, past_kv)
+    finally:
+        for block in model.h:
+            block.attn.attend = attend
     # heads of a Llama that share their keys come as queries of one head
     return torch.stack(weights).unflatten(3, (-1, idx.size(1))).flatten(2, 3)
 
@@ -262,6 +255,21 @@ def curve_of(looks: Metrics) -> list[tuple[int, float]]:
     return [(look["step"], look["validation"]) for look in looks]
 
 
+def how_soon(run: Run, most: int) -> dict[str, Any]:
+    """Trains until all validation answers are right, or for so many steps -> what came of it."""
+    looks = looks_of(run, lambda looks: all_right(looks) or looks[-1]["step"] >= most)
+    scores = train.evaluate(run.model, run.adapters, run.rows["test"], 50)
+    return {
+        "steps": looks[-1]["step"], "solved": all_right(looks), "loss": looks[-1]["validation"],
+        "test": scores.exact_match(), "trained": n_trainable(run.model, run.adapters),
+        "curve": curve_of(looks)[:: 1 if all_right(looks) else 10],  # each tenth look of a long one
+    }  # fmt: skip
+
+
+def sooner_first(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(runs, key=lambda run: (not run["solved"], run["steps"]))
+
+
 class Experiment:
     """The command line of an experiment, its runs, and its report: JSON, a table and a figure."""
 
@@ -369,6 +377,32 @@ class Experiment:
         self.runs = [*self.stored_runs(), run]  # another process may have stored some meanwhile
         self.store()
         return run
+
+    def soonest(
+        self, cell: dict[str, Any], measure: Callable[..., dict[str, Any]], middle: float,
+        steps: int, steps_of_search: int,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """-> the reported runs of a cell: what `measure(**cell, seed, lr, most)` says of each.
+
+        Their learning rate is the soonest on another base, data and start. There, a rate ends where
+        an earlier one was done. If none is done, the lowest loss counts.
+        """
+        most = steps_of_search
+
+        def run(seed: int, lr: float, most: int) -> dict[str, Any]:
+            settings = cell | {"seed": seed, "lr": lr, "most": most}
+            return self.once(settings, lambda: measure(**settings))
+
+        def lateness(lr: float) -> float:
+            nonlocal most
+            found = run(UNREPORTED, lr, most)
+            if not found["solved"]:
+                return 1 + found["loss"]
+            most = found["steps"]
+            return most / steps
+
+        lr = best_rate(middle, lateness)
+        return [run(seed, lr, steps) for seed in self.seeds]
 
     def stored_runs(self) -> list[dict[str, Any]]:
         return read_json(self.file)["runs"] if self.file.exists() else []

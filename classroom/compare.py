@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, RECIPES, Experiment, Run, best_rate, curve_of, forward, interleaved
-from common import kept_for_backward, looks_of, markdown, n_trainable, spread
+from common import NAMES, RECIPES, UNREPORTED, Experiment, Run, best_rate, curve_of, forward
+from common import interleaved, kept_for_backward, looks_of, markdown, n_trainable, spread
 from torch import nn
 
 from command.console import run_command, say
@@ -37,7 +37,6 @@ DEFAULT_TASKS = ["sentiment", "sentence"]  # elicited: a simple and a complex on
 DEFAULT_TASKS += ["chat", "verdict"]  # recombined
 DEFAULT_TASKS += ["shifted"]  # new
 STEPS = {"shifted": 600}  # for every method, four times as many as usual
-UNREPORTED = 100  # the seed on which rates are chosen
 MODELS = {  # layers, width, numbers of the keys of a token, all parameters
     "GPT-2": (12, 768, 768, 124_439_808),
     "SmolLM2-135M": (30, 576, 192, 134_515_008),

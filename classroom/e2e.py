@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import NAMES, RESULTS, Experiment, Run, best_rate, colour, figure, forward
+from common import NAMES, RESULTS, UNREPORTED, Experiment, Run, best_rate, colour, figure, forward
 from common import interleaved, kept_for_backward, looks_of, machine, markdown, n_trainable, spread
 from compare import size as size_of
 from compare import step
@@ -56,7 +56,6 @@ TASK_TEXT = "Write a sentence about the restaurant of this name , "
 TASK_TEXT += "with its area , food , price and rating ."
 STEPS, BATCH = 200, 10
 LIMIT = 80  # tokens of an answer
-UNREPORTED = 100  # the seed on which rates are chosen
 # Where the search of a rate begins, and the sizes for which it is done
 RATES = {"prefix": 0.03, "soft_prompt": 0.03, "both": 0.03, "lora": 1e-3, "full": 1e-4}
 SIZES = {"prefix": 10, "soft_prompt": 20, "both": 9, "lora": 4}

@@ -20,15 +20,14 @@ data and start, or has the lowest loss after 4,000 steps; that run is not report
 import math
 import random
 import statistics
+from functools import partial
 from typing import Any, NamedTuple
 
-from common import NAMES, Experiment, all_right, best_rate, curve_of, looks_of, n_trainable
+from common import NAMES, Experiment, how_soon, sooner_first
 
 from command.console import run_command
 from data import Example
 from small_base.world import FORMS, VALUES, Record, split_of
-from storage.checkpoints import Metrics
-from train import evaluate
 
 
 class Demand(NamedTuple):
@@ -54,7 +53,8 @@ MIDDLES = {"soft_prompt": 0.1, "prefix": 0.3, "both": 0.3, "lora": 0.0033, "full
 SIZES = [
     ("soft_prompt", 20), ("soft_prompt", 64), ("prefix", 8), ("both", 7), ("lora", 4), ("full", 0),
 ]  # fmt: skip
-BATCH, STEPS, STEPS_OF_SEARCH, LOOK, UNREPORTED = 8, 12_000, 4_000, 50, 100
+BATCH, STEPS, STEPS_OF_SEARCH, LOOK = 8, 12_000, 4_000, 50
+Cells = dict[tuple[str, str, int], list[dict[str, Any]]]  # by column, method and size: its runs
 
 
 def label(method: str, size: int) -> str:
@@ -85,68 +85,6 @@ def examples_of(demand: Demand, split: str, n: int, seed: int) -> list[Example]:
     return examples
 
 
-class Grid:
-    """The runs of the table, each stored as it ends."""
-
-    def __init__(self, experiment: Experiment):
-        self.experiment = experiment
-        self.demands = experiment.grid(experiment.args.demands)
-        self.sizes = experiment.grid(SIZES)
-
-    def run(
-        self, demand: str, method: str, size: int, seed: int, lr: float, most: int = STEPS
-    ) -> dict[str, Any]:
-        """-> the record of a run, of at most so many steps: its looks, and test answers."""
-        experiment, how = self.experiment, DEMANDS[demand]
-
-        def is_done(metrics: Metrics) -> bool:
-            return all_right(metrics) or metrics[-1]["step"] >= most
-
-        def measure() -> dict[str, Any]:
-            sizes = {"train": 4000 if how.n_keys > 36 else 1000, "validation": 100, "test": 300}
-            examples = {
-                split: examples_of(how, split, experiment.at_most or n, seed)
-                for split, n in sizes.items()
-            }
-            run = experiment.prepared(
-                examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr,
-                steps=STEPS, batch_size=BATCH, looks=STEPS // LOOK,
-            )  # fmt: skip
-            seen = looks_of(run, is_done)
-            scores = evaluate(run.model, run.adapters, run.rows["test"], 50)
-            solved = seen[-1]["exact_match"] == 100
-            return {
-                "steps": seen[-1]["step"], "solved": solved, "loss": seen[-1]["validation"],
-                "test": scores.exact_match(), "trained": n_trainable(run.model, run.adapters),
-                "curve": curve_of(seen)[:: 1 if solved else 10],  # of a long one, each tenth look
-            }  # fmt: skip
-
-        settings = {"demand": demand, "method": method, "size": size, "seed": seed, "lr": lr}
-        return experiment.once(settings | {"most": most}, measure)
-
-    def rate(self, demand: str, method: str, size: int) -> float:
-        """-> the learning rate that is soonest on a run that is not reported.
-
-        A rate ends where another one was done before. If none is done, the lowest loss counts.
-        """
-        soonest = STEPS_OF_SEARCH
-
-        def lateness(lr: float) -> float:
-            nonlocal soonest
-            run = self.run(demand, method, size, UNREPORTED, lr, soonest)
-            if not run["solved"]:
-                return 1 + run["loss"]
-            soonest = run["steps"]
-            return run["steps"] / STEPS
-
-        return best_rate(MIDDLES[method], lateness)
-
-    def runs(self, demand: str, method: str, size: int) -> list[dict[str, Any]]:
-        """-> the reported runs of a cell."""
-        lr = self.rate(demand, method, size)
-        return [self.run(demand, method, size, seed, lr) for seed in self.experiment.seeds]
-
-
 def exposures(run: dict[str, Any]) -> float:
     """-> how often a run has seen each key when it ended."""
     return run["steps"] * BATCH / DEMANDS[run["demand"]].n_keys
@@ -160,7 +98,7 @@ def steps_in_words(run: dict[str, Any]) -> str:
 
 def cell_in_words(runs: list[dict[str, Any]]) -> str:
     """-> exposures a key until solved, median and range; what was not solved counts as more."""
-    seen = sorted(runs, key=lambda run: (not run["solved"], run["steps"]))
+    seen = sooner_first(runs)
     words = [f"{'' if run['solved'] else '> '}{exposures(run):.0f}" for run in seen]
     words = ["≤ " * (run["steps"] == LOOK) + word for run, word in zip(seen, words)]
     text = words[len(words) // 2] + (f" [{words[0]}–{words[-1]}]" if len(set(words)) > 1 else "")
@@ -170,24 +108,24 @@ def cell_in_words(runs: list[dict[str, Any]]) -> str:
     return text
 
 
-def draw_grid(grid: Grid, axis: Any) -> None:
+def draw_grid(cells: Cells, axes: Any) -> None:
     """A cell says how many runs were done, and when; the sooner, the lighter."""
-    colours = []
-    for y, (method, size) in enumerate(grid.sizes):
-        colours.append([])
-        for x, demand in enumerate(grid.demands):
-            runs = grid.runs(demand, method, size)
-            steps = statistics.median(run["steps"] if run["solved"] else STEPS for run in runs)
-            colours[-1].append(-math.log(steps))
-            middle = sorted(runs, key=lambda run: (not run["solved"], run["steps"]))[len(runs) // 2]
-            solved = sum(run["solved"] for run in runs)
-            text = f"{solved} of {len(runs)}\n{steps_in_words(middle)}"
-            ink = "white" if steps > 3000 else "black"
-            axis.text(x, y, text, ha="center", va="center", fontsize=13, color=ink)
+    axis = axes[0][0]
+    columns = list(dict.fromkeys(column for column, *_ in cells))
+    labels = list(dict.fromkeys(label(*row) for _, *row in cells))
+    colours = [[0.0] * len(columns) for _ in labels]
+    for (column, *row), runs in cells.items():
+        x, y = columns.index(column), labels.index(label(*row))
+        steps = statistics.median(run["steps"] if run["solved"] else STEPS for run in runs)
+        colours[y][x] = -math.log(steps)
+        solved = sum(run["solved"] for run in runs)
+        text = f"{solved} of {len(runs)}\n{steps_in_words(sooner_first(runs)[len(runs) // 2])}"
+        ink = "white" if steps > 3000 else "black"
+        axis.text(x, y, text, ha="center", va="center", fontsize=13, color=ink)
     axis.imshow(colours, cmap="viridis", aspect="auto", vmin=-math.log(STEPS), vmax=-math.log(LOOK))
-    names = [demand.replace("-", " ") for demand in grid.demands]
+    names = [column.replace("-", " ") for column in columns]
     axis.set_xticks(range(len(names)), names, fontsize=13)
-    axis.set_yticks(range(len(grid.sizes)), [label(*pair) for pair in grid.sizes], fontsize=13)
+    axis.set_yticks(range(len(labels)), labels, fontsize=13)
     axis.set_title("runs that solved it, and after how many steps (median)", fontsize=14)
 
 
@@ -199,19 +137,33 @@ def own_flags(add: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv, own_flags)
-    grid = Grid(experiment)
-    for demand in grid.demands:  # column by column, so that a part of the table is of use
-        for method, size in grid.sizes:
-            grid.runs(demand, method, size)
+    demands, sizes = experiment.grid(experiment.args.demands), experiment.grid(SIZES)
+
+    def measure(
+        demand: str, method: str, size: int, seed: int, lr: float, most: int
+    ) -> dict[str, Any]:
+        n = {"train": 4000 if DEMANDS[demand].n_keys > 36 else 1000, "validation": 100, "test": 300}
+        examples = {split: examples_of(DEMANDS[demand], split, n[split], seed) for split in n}
+        run = experiment.prepared(
+            examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr, steps=STEPS,
+            batch_size=BATCH, looks=STEPS // LOOK,
+        )  # fmt: skip
+        return how_soon(run, most)
+
+    cells: Cells = {}
+    for demand in demands:  # column by column, so that a part of the table is of use
+        for method, size in sizes:
+            cell = {"demand": demand, "method": method, "size": size}
+            runs = experiment.soonest(cell, measure, MIDDLES[method], STEPS, STEPS_OF_SEARCH)
+            cells[demand, method, size] = runs
     rows = []
-    for method, size in grid.sizes:
-        cells = [grid.runs(demand, method, size) for demand in grid.demands]
-        row = [label(method, size), f"{cells[0][0]['trained']:,}"]
-        rows.append(row + list(map(cell_in_words, cells)))
-    names = [demand.replace("-", " ") for demand in grid.demands]
-    header = ["method", "numbers", *names]
-    size = (2.3 * len(names) + 3, 4.5)
-    experiment.report(header, rows, lambda axes: draw_grid(grid, axes[0][0]), 1, size)
+    for method, size in sizes:
+        row = [cells[demand, method, size] for demand in demands]
+        trained = f"{row[0][0]['trained']:,}"
+        rows.append([label(method, size), trained, *map(cell_in_words, row)])
+    header = ["method", "numbers", *(demand.replace("-", " ") for demand in demands)]
+    inches = (2.3 * len(demands) + 3, 4.5)
+    experiment.report(header, rows, partial(draw_grid, cells), 1, inches)
 
 
 if __name__ == "__main__":

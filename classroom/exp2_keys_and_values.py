@@ -12,19 +12,17 @@ first token and the virtual ones get, from the positions that write the answer? 
 well, behind prefixes that start as a text or as noise.
 """
 
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from common import Experiment, Run, all_right, attention, best_rate, curve_of, looks_of, spread
-from exp1_demand import DEMANDS, examples_of
+from common import Experiment, Run, attention, how_soon, sooner_first, spread
+from exp1_demand import DEMANDS, examples_of, steps_in_words
 
 from command.console import run_command
 from data import IGNORE, batch_of
 from prefix import Prefix
-from train import evaluate
 
 P, BATCH, STEPS, LOOK = 8, 8, 1000, 50
 SMOLLM2 = "out/smollm2"  # made by smollm2.py
@@ -44,40 +42,9 @@ def begun(experiment: Experiment, seed: int, lr: float = 0.3, base: Any = None) 
     return experiment.prepared(examples, "prefix", seed, *own)
 
 
-def how_soon(run: Run, most: int) -> dict[str, Any]:
-    """Trains until all validation answers are right, or for so many steps -> what came of it."""
-    looks = looks_of(run, lambda looks: all_right(looks) or looks[-1]["step"] >= most)
-    scores = evaluate(run.model, run.adapters, run.rows["test"], 50)
-    record = {"steps": looks[-1]["step"], "solved": all_right(looks), "curve": curve_of(looks)}
-    return record | {"test": scores.exact_match()}
-
-
-def reported(
-    experiment: Experiment, measure: Callable[..., dict[str, Any]], cell: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """-> the runs of a cell, each at the rate that is soonest on a base that is not reported."""
-    soonest = STEPS
-
-    def run(seed: int, lr: float, most: int) -> dict[str, Any]:
-        settings = cell | {"seed": seed, "lr": lr, "most": most}
-        return experiment.once(settings, lambda: measure(**settings))
-
-    def lateness(lr: float) -> float:
-        nonlocal soonest  # a rate ends where another one was done
-        found = run(100, lr, soonest)
-        if found["solved"]:
-            soonest = found["steps"]
-            return soonest / STEPS
-        return 1 + min(loss for _, loss in found["curve"])
-
-    lr = best_rate(0.3, lateness)
-    return [run(seed, lr, STEPS) for seed in experiment.seeds]
-
-
 def in_words(runs: list[dict[str, Any]]) -> list[str]:
     """-> their learning rate, steps until solved, median and range, and exact match."""
-    ordered = sorted(runs, key=lambda run: (not run["solved"], run["steps"]))
-    words = [f"{'' if run['solved'] else '> '}{run['steps']:,}" for run in ordered]
+    words = list(map(steps_in_words, sooner_first(runs)))
     steps = f"{words[len(words) // 2]} [{words[0]}–{words[-1]}]"
     return [f"{runs[0]['lr']:g}", steps, spread([run["test"] for run in runs], 1)]
 
@@ -119,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def measure(part: str, seed: int, lr: float, most: int) -> dict[str, Any]:
         run = begun(experiment, seed, lr)
-        return {"trained": freeze(run.adapters[0], part)} | how_soon(run, most) | attention_of(run)
+        n_trained = freeze(run.adapters[0], part)
+        return how_soon(run, most) | {"trained": n_trained} | attention_of(run)
 
     def untrained(start: str, seed: int) -> dict[str, Any]:
         run = begun(experiment, seed, base=SMOLLM2)
@@ -130,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
     rows, steps, sink = [], {}, {}
     for part in experiment.grid(list(FROZEN)):
-        runs = reported(experiment, measure, {"part": part})
+        runs = experiment.soonest({"part": part}, measure, 0.3, STEPS, STEPS)
         steps[part] = [run["steps"] for run in runs]
         row = ["small base", part, f"{runs[0]['trained']:,}", *in_words(runs)]
         rows.append(row + [spread([run[share] for run in runs], 1) for share in SHARES])

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Experiment, best_rate, machine, spread
+from common import UNREPORTED, Experiment, best_rate, machine, spread
 from torch import Tensor
 
 from command.answers import CUT, answers
@@ -45,7 +45,6 @@ LENGTHS = (2, 4, 8, 16)  # virtual tokens
 STEPS, BATCH = 150, 4
 LIMIT = 32  # tokens of an answer
 MIDDLE = 0.03  # where the search of a rate begins
-UNREPORTED = 100  # the seed of that search
 NOTHING, FIRST = "none", "the first words"
 ALONE, TAUGHT = "trained on the text", "taught by the model with the text"
 

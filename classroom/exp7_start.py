@@ -11,8 +11,8 @@ its own, chosen as there.
 from typing import Any
 
 import torch
-from common import Experiment, Run, spread
-from exp2_keys_and_values import P, begun, draw_bars, how_soon, in_words, reported
+from common import Experiment, Run, how_soon, spread
+from exp2_keys_and_values import STEPS, P, begun, draw_bars, in_words
 
 from command.console import run_command
 from command.models import ADAPTERS_OF, new_adapters
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     rows, bars = [], {}
     for start in experiment.grid(["text", "words", *DEVIATIONS]):
-        runs = reported(experiment, measure, {"start": start})
+        runs = experiment.soonest({"start": start}, measure, 0.3, STEPS, STEPS)
         bars[start] = [run["steps"] for run in runs]
         before = spread([run["curve"][0][1] for run in runs], 2)
         rows.append([start, before, *in_words(runs)])

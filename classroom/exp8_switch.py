@@ -11,23 +11,21 @@ after 800 steps; that run is not reported.
 """
 
 import random
-import statistics
 from typing import Any
 
-from common import Experiment, all_right, curve_of, looks_of, n_trainable, spread
-from exp1_demand import Grid, draw_grid, label, steps_in_words
+from common import Experiment, how_soon, spread
+from exp1_demand import MIDDLES, Cells, draw_grid, label, steps_in_words
 
 from command.console import run_command
 from data import Example
 from small_base.world import FORMS, random_record
-from train import evaluate
 
 KNOWN = ["sentence", "table", "advert", "verdict"]  # after a review, in the documents of the base
 FOREIGN = ["casual", "polite", "chat", "terse"]  # only after other sources
 WORDS = ["glad", "guest", "still", "ready", "asks", "come", "serve", "rated"]
 COUNTS = [2, 4, 8]
 SIZES = [("prefix", 8), ("soft_prompt", 64)]  # 8,192 numbers each
-BATCH, STEPS, STEPS_OF_SEARCH, LOOK, UNREPORTED = 8, 2_400, 800, 50, 100
+BATCH, STEPS, STEPS_OF_SEARCH, LOOK = 8, 2_400, 800, 50
 
 
 def examples_of(N: int, split: str, n: int, seed: int) -> list[Example]:
@@ -42,40 +40,6 @@ def examples_of(N: int, split: str, n: int, seed: int) -> list[Example]:
     return examples
 
 
-class Switches(Grid):
-    """A demand is now a number of forms. Rates and figure are those of experiment 1."""
-
-    def __init__(self, experiment: Experiment):
-        self.experiment, self.sizes = experiment, experiment.grid(SIZES)
-        self.demands = experiment.grid([f"{N}-forms" for N in experiment.args.forms])
-
-    def run(
-        self, demand: str, method: str, size: int, seed: int, lr: float, most: int = STEPS
-    ) -> dict[str, Any]:
-        """-> the record of a run of at most so many steps; a search ends sooner."""
-        experiment, N = self.experiment, int(demand.split("-")[0])
-        most = min(most, STEPS_OF_SEARCH if seed == UNREPORTED else STEPS)
-
-        def measure() -> dict[str, Any]:
-            sizes = {"train": 1000, "validation": 80, "test": 160}
-            examples = {split: examples_of(N, split, n, seed) for split, n in sizes.items()}
-            run = experiment.prepared(
-                examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr,
-                steps=STEPS, batch_size=BATCH, looks=STEPS // LOOK,
-            )  # fmt: skip
-            seen = looks_of(run, lambda found: all_right(found) or found[-1]["step"] >= most)
-            exact = evaluate(run.model, run.adapters, run.rows["test"], 50).exact
-            return {
-                "steps": seen[-1]["step"], "solved": seen[-1]["exact_match"] == 100,
-                "loss": seen[-1]["validation"], "test": 100 * statistics.mean(exact),
-                "by form": [round(100 * statistics.mean(exact[i::N]), 1) for i in range(N)],
-                "trained": n_trainable(run.model, run.adapters), "curve": curve_of(seen),
-            }  # fmt: skip
-
-        settings = {"forms": N, "method": method, "size": size, "seed": seed, "lr": lr}
-        return experiment.once(settings | {"most": most}, measure)
-
-
 def own_flags(add: Any) -> None:
     help_text = "columns to measure and report (default: 2 4 8)"
     add("--forms", nargs="+", type=int, choices=COUNTS, default=COUNTS, help=help_text)
@@ -83,21 +47,40 @@ def own_flags(add: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv, own_flags)
-    grid, cells = Switches(experiment), {}
-    for demand in grid.demands:  # the easy ones first
-        for pair in grid.sizes:
-            runs = grid.runs(demand, *pair)
-            words = f"{spread([run['test'] for run in runs], 1)} %, steps "
-            words += ", ".join(map(steps_in_words, runs))  # by base, so that pairs can be compared
-            cells.setdefault(pair, [label(*pair), f"{runs[0]['trained']:,}"]).append(words)
+    counts, sizes = experiment.grid(experiment.args.forms), experiment.grid(SIZES)
+
+    def measure(forms: int, method: str, size: int, seed: int, lr: float, most: int) -> dict:
+        n = {"train": 1000, "validation": 80, "test": 160}
+        examples = {split: examples_of(forms, split, n[split], seed) for split in n}
+        run = experiment.prepared(
+            examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr, steps=STEPS,
+            batch_size=BATCH, looks=STEPS // LOOK,
+        )  # fmt: skip
+        return how_soon(run, most)
+
+    cells: Cells = {}
+    for N in counts:  # the easy ones first
+        for method, size in sizes:
+            cell = {"forms": N, "method": method, "size": size}
+            runs = experiment.soonest(cell, measure, MIDDLES[method], STEPS, STEPS_OF_SEARCH)
+            cells[f"{N} forms", method, size] = runs
+    columns = [f"{N} forms" for N in counts]
+    rows = []
+    for method, size in sizes:
+        row = [cells[column, method, size] for column in columns]
+        words = [
+            f"{spread([run['test'] for run in runs], 1)} %, steps "
+            + ", ".join(map(steps_in_words, runs))  # by base, so that pairs can be compared
+            for runs in row
+        ]
+        rows.append([label(method, size), f"{row[0][0]['trained']:,}", *words])
 
     def draw(axes: Any) -> None:
-        draw_grid(grid, axes[0][0])
+        draw_grid(cells, axes)
         axes[0][0].set_title("")
         axes[0][0].figure.suptitle("runs that can switch, after how many steps", fontsize=14)
 
-    header = ["method", "numbers", *(demand.replace("-", " ") for demand in grid.demands)]
-    experiment.report(header, list(cells.values()), draw, 1)
+    experiment.report(["method", "numbers", *columns], rows, draw, 1)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,17 @@ import common
 import compare
 import exp1_demand
 import exp2_keys_and_values
-import exp8_switch
-import exp9_dial
-import exp10_request
+import exp3_dial
 import exp5_distillation
-import exp6_outside
+import exp6_request
 import exp7_start
+import exp8_switch
 import pytest
 import torch
-from conftest import C, D, H, L, random_ids, random_model
+from conftest import random_ids, random_model
 
 from command.answers import CUT
 from data import Row
-from llama import frequencies, rotate
-from model import causal_mask
 from prefix import Prefix
 from small_base.world import DOCUMENTS
 from soft_prompt import SoftPrompt
@@ -68,7 +65,7 @@ def test_an_experiment_prints_its_table_and_writes_it(name, base, tmp_path, caps
 
 def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
     """Runs are stored as they end. Run again, an experiment measures nothing and says the same."""
-    done, looks_of = [], exp1_demand.looks_of
+    done, looks_of = [], common.looks_of
 
     def counted(*given):
         if len(done) == 3:
@@ -76,13 +73,13 @@ def test_a_stopped_experiment_goes_on_where_it_was(base, tmp_path, monkeypatch):
         done.append(given)
         return looks_of(*given)
 
-    monkeypatch.setattr("exp1_demand.looks_of", counted)
+    monkeypatch.setattr("common.looks_of", counted)
     with pytest.raises(KeyboardInterrupt):
         experiment("exp1_demand", base, tmp_path)
     assert len(json_of(tmp_path / "exp1_demand.json")["runs"]) == 3
-    monkeypatch.setattr("exp1_demand.looks_of", looks_of)
+    monkeypatch.setattr("common.looks_of", looks_of)
     found = experiment("exp1_demand", base, tmp_path)
-    monkeypatch.setattr("exp1_demand.looks_of", None)
+    monkeypatch.setattr("common.looks_of", None)
     assert experiment("exp1_demand", base, tmp_path) == found
 
 
@@ -141,42 +138,6 @@ def test_a_prefix_is_not_measured_on_what_it_was_taught_on(base, tmp_path):
     assert grid.answered(1) != grid.answered(0)
     targets = [grid.tokenizer.decode(row.target) for some in grid.answered(0) for row in some]
     assert not any(CUT in target for target in targets)
-
-
-def test_outside_the_softmax_the_text_keeps_its_attention():
-    """Zeros are the base itself; other matrices add φ(q) M to each head, apart from the softmax."""
-    model, idx = random_model(), random_ids(2, 7)
-    outside, attn, logits = exp6_outside.Outside(model).double(), model.h[0].attn, model(idx)[0]
-    generator = torch.Generator().manual_seed(0)
-    with outside.acting(model):
-        torch.testing.assert_close(model(idx)[0], logits)
-        outside.matrices.data = 0.1 * torch.randn(L, H, D, D, generator=generator).double()
-    x, mask = model.wte(idx), causal_mask(7, 7, torch.float64, model.device)
-    with outside.acting(model):
-        changed, _ = attn(x, mask, None)
-    q = attn.c_attn(x)[..., :C].view(2, 7, H, D)
-    phi = torch.where(q > 0, q + 1, q.exp())
-    added = torch.einsum("bthd,hde->bthe", phi, outside.matrices[0]).flatten(2)
-    torch.testing.assert_close(changed, attn(x, mask, None)[0] + added @ attn.c_proj.weight.T)
-
-
-def test_each_head_of_queries_has_a_matrix_of_its_own():
-    """So it is in each layer, and in a Llama, whose heads come folded into those of their keys."""
-    model, idx = random_model(family="llama"), random_ids(2, 7)
-    outside, attn = exp6_outside.Outside(model).double(), model.h[1].attn
-    generator = torch.Generator().manual_seed(0)
-    outside.matrices.data = torch.randn(outside.matrices.shape, generator=generator).double()
-    x, read = model.wte(idx), []
-    hook = attn.o_proj.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    mask = causal_mask(7, 7, torch.float64, model.device)
-    attn(x, mask, None)
-    with outside.acting(model):
-        attn(x, mask, None)
-    hook.remove()
-    q = rotate(attn.split_heads(attn.q_proj(x)), 0, frequencies(model.config, model.device))
-    phi = torch.where(q > 0, q + 1, q.exp())  # (B, H, T, D)
-    added = torch.einsum("bhtd,hde->bthe", phi, outside.matrices[1]).flatten(2)
-    torch.testing.assert_close(read[1] - read[0], added)
 
 
 @pytest.mark.parametrize("part", exp2_keys_and_values.FROZEN)
@@ -251,7 +212,7 @@ def test_a_code_word_decides_the_form(N):
 
 def test_a_dial_at_one_is_the_adapter_and_at_zero_its_start():
     """Along the way; with its values at zero, a prefix keeps its keys."""
-    model, scaled = random_model(), exp9_dial.scaled
+    model, scaled = random_model(), exp3_dial.scaled
     for kind in (Prefix, SoftPrompt):
         start, trained = (kind.text(model, random_ids(5, seed=seed)) for seed in (0, 1))
         ends = [scaled(trained, start, "way", scale) for scale in (0, 1, 0.5)]
@@ -272,18 +233,18 @@ def test_a_share_is_the_probability_of_the_first_token():
     for row in rows:
         logits, _ = model(torch.tensor([row.source]), prefix.past_kv(model))
         chances.append(logits[0, -1].softmax(dim=-1)[row.target[0]])
-    assert exp9_dial.share(model, [prefix], rows) == pytest.approx(50 * sum(chances).item())
+    assert exp3_dial.share(model, [prefix], rows) == pytest.approx(50 * sum(chances).item())
     shares = [10, 30, 25, 60, 90, 5, 5]
-    assert exp9_dial.steps_of(shares) == [20, -5, 35, 30]
+    assert exp3_dial.steps_of(shares) == [20, -5, 35, 30]
 
 
 def test_requests_that_are_compared_have_one_answer(monkeypatch):
     """A prefix, a soft prompt and the text that they were made of give the same next token."""
     model = random_model()
-    monkeypatch.setattr(exp10_request, "TEXT", 9)
-    answers = {what: request() for what, request in exp10_request.requests(model, [7], 0).items()}
+    monkeypatch.setattr(exp6_request, "TEXT", 9)
+    answers = {what: request() for what, request in exp6_request.requests(model, [7], 0).items()}
     first = [ids[0, -1] for what, ids in answers.items() if what.endswith("7, first")]
-    assert len(first) == len(exp10_request.FIRST) - 1 and len(set(map(int, first))) == 1
+    assert len(first) == len(exp6_request.FIRST) - 1 and len(set(map(int, first))) == 1
     assert all(len(ids) == 1 for ids in answers.values()) and len(answers) == 2 + 4 + 3
 
 
@@ -396,7 +357,7 @@ def test_every_number_of_the_prose_is_in_a_stored_table():
 
 def dials() -> list[tuple[dict, dict]]:
     """-> the reported runs of a prefix and a soft prompt, in pairs of one task and base."""
-    runs = [run for run in json_of(common.RESULTS / "exp9_dial.json")["runs"] if "way" in run]
+    runs = [run for run in json_of(common.RESULTS / "exp3_dial.json")["runs"] if "way" in run]
     by_method = {"prefix": {}, "soft_prompt": {}}
     for run in runs:
         by_method[run["method"]][run["task"], run["seed"]] = run
@@ -406,7 +367,7 @@ def dials() -> list[tuple[dict, dict]]:
 def test_what_is_said_of_switches_holds_in_each_pair():
     """By 8 words a prefix is sooner on every base; by 2, both need 100 steps or fewer."""
     runs = json_of(common.RESULTS / "exp8_switch.json")["runs"]
-    runs = [run for run in runs if run["seed"] != exp8_switch.UNREPORTED]
+    runs = [run for run in runs if run["seed"] != common.UNREPORTED]
     steps = {(run["forms"], run["method"], run["seed"]): run["steps"] for run in runs}
     for seed in range(3):
         assert max(steps[2, method, seed] for method, _ in exp8_switch.SIZES) <= 100
@@ -418,11 +379,11 @@ def test_what_is_said_of_switches_holds_in_each_pair():
 
 def test_what_is_said_of_dials_holds_in_each_pair():
     """Neither falls, a quarter does nearly all, the prefix's way is gentler and breaks sooner."""
-    step = lambda shares: max(exp9_dial.steps_of(shares))  # noqa: E731
+    step = lambda shares: max(exp3_dial.steps_of(shares))  # noqa: E731
     assert len(dials()) == 6
     for prefix, prompt in dials():
         ways = (prefix["way"], prefix["values"], prompt["way"])
-        assert all(min(exp9_dial.steps_of(shares)) > -0.15 for shares in ways)
+        assert all(min(exp3_dial.steps_of(shares)) > -0.15 for shares in ways)
         assert step(prefix["way"]) < step(prompt["way"])
         assert prefix["exact by values"][-1] == prompt["exact by way"][-1] == 100
         assert prefix["values"][1] > 90 and prompt["way"][1] > 85 and prefix["way"][-1] > 99
@@ -432,10 +393,10 @@ def test_what_is_said_of_dials_holds_in_each_pair():
 
 def test_what_is_said_of_requests_holds_in_each_run():
     """At GPT-2's sizes, behind 500: text costs five times as much, adapters less than half more."""
-    runs = json_of(common.RESULTS / "exp10_request.json")["runs"]
+    runs = json_of(common.RESULTS / "exp6_request.json")["runs"]
     runs = [run for run in runs if run["model"] == "GPT-2 small"]
     assert len(runs) == 5
-    whats = ["none, first", *(f"{name} 500, first" for name in exp10_request.FIRST[1:])]
+    whats = ["none, first", *(f"{name} 500, first" for name in exp6_request.FIRST[1:])]
     for run in runs:
         none, *others = (run[what][1] for what in whats)
         prefix, prompt, cold, text = (other / none for other in others)

@@ -1,6 +1,6 @@
-"""10. What does an adapter cost at a request?
+"""6. What does an adapter cost at a request?
 
-    python classroom/exp10_request.py --name mine         some seven minutes of two threads
+    python classroom/exp6_request.py --name mine         some seven minutes of two threads
 
 A request is a text of 50 tokens behind P virtual tokens, P tokens of instructions, or nothing. How
 long to the first new token, and to one after it? A soft prompt's cache is filled once and kept;

@@ -1,6 +1,6 @@
-"""9. Can the strength of an adapter be turned like a dial?
+"""3. Can the strength of an adapter be turned like a dial?
 
-    python classroom/exp9_dial.py                         some five minutes of one core
+    python classroom/exp3_dial.py                         some five minutes of one core
 
 Each adapter is trained for one form, 100 steps of 8 rows. Then it is scaled: 0 is off, 1 is as
 trained. *Values*: a prefix keeps its keys, and its values are multiplied. *Way*: all numbers move
@@ -15,7 +15,7 @@ import itertools
 from typing import Any
 
 import torch
-from common import Experiment, band, best_rate, looks_of, spread
+from common import UNREPORTED, Experiment, band, best_rate, looks_of, spread
 from exp1_demand import MIDDLES, label
 from torch import nn
 
@@ -29,7 +29,7 @@ from train import evaluate
 TASKS = ["reply", "chat"]  # the base itself gives the first in a third of cases, the other never
 SIZES = [("prefix", 8), ("soft_prompt", 64)]  # 8,192 numbers each
 SCALES = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
-BATCH, STEPS, UNREPORTED = 8, 100, 100
+BATCH, STEPS = 8, 100
 
 
 def scaled(adapter: nn.Module, start: nn.Module, what: str, scale: float) -> nn.Module:
