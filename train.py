@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = tune(model, adapters, rows, plan, checkpoint, is_done)
     if rank > 0:  # one process is enough for what remains
         return record
-    checkpoint.restore_best(nn.ModuleList(adapters or [model]), metrics)
+    checkpoint.restore_best(nn.ModuleList(adapters or [model]))
     record |= {"data": args.data, "base_name": model.name, "out": str(args.out)}
     record |= {"lr_used": plan.lr, "rates": rates}
     save_run(record, metrics, adapters, model)

@@ -1,5 +1,6 @@
 """How a program speaks, asks, and ends."""
 
+import gc
 import os
 import re
 import sys
@@ -45,12 +46,14 @@ def run_command(command: Callable[[], Any]) -> None:
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows another
     try:
         command()
+        gc.freeze()  # or Python would look through all of torch's objects once more at its end
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sentence = "".join(c if c.isprintable() else " " for c in str(error))[:1000]
         if isinstance(error, RuntimeError) and ("memory" not in sentence or "illegal" in sentence):
             raise  # a mistake of ours
         if isinstance(error, (MemoryError, RuntimeError)):
-            sentence = f"out of memory: lower --batch-size or --n-virtual ({sentence})"
+            remedy = "lower --batch-size, or train with --micro-batch 1"
+            sentence = f"out of memory: {remedy} ({sentence})"
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 """A process: how it starts, what computes, how it meets others under torchrun, and its progress."""
 
+import functools
+import inspect
 import math
 import os
 import sys
@@ -8,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from command.console import say
 from model import Decoder
@@ -22,6 +25,7 @@ def start_process(batch_size: int | None = None) -> tuple[int, int]:
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     torch.ones(1).sqrt().tanh()
+    leave_torch_compile_out()
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
         if dist.get_rank() > 0:
@@ -30,6 +34,24 @@ def start_process(batch_size: int | None = None) -> tuple[int, int]:
     if batch_size and processes > batch_size:
         raise ValueError(f"{processes} processes need an example each: raise --batch-size")
     return rank, processes
+
+
+def leave_torch_compile_out() -> None:
+    """Bares what would import torch.compile, which takes 2 s: nothing is compiled here.
+
+    These are AdamW, and embeddings on the meta device, which load_base makes.
+    """
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        setattr(Optimizer, name, inspect.unwrap(getattr(Optimizer, name)))
+    AdamW.step = torch.no_grad()(inspect.unwrap(AdamW.step))
+    fill = inspect.unwrap(nn.Embedding.reset_parameters)
+
+    @functools.wraps(fill)
+    def fill_if_real(embedding: nn.Embedding) -> None:
+        if not embedding.weight.is_meta:
+            fill(embedding)
+
+    nn.Embedding.reset_parameters = fill_if_real
 
 
 def this_process() -> tuple[int, int]:
@@ -92,34 +114,28 @@ def seconds_of_a_product(dtype: torch.dtype) -> float:
 
 
 class Progress:
-    """One line with step, losses, tokens/s and time left. On a terminal it is refreshed in place;
-    elsewhere it comes five times a run, or never if `quiet`."""
+    """A line with step, losses, tokens/s and time left, five times a run, or never if `quiet`. On a
+    terminal it is there all the time, refreshed in place."""
 
     def __init__(self, first: int, steps: int, quiet: bool = False):
         """Steps done before, and in all."""
         self.first, self.steps, self.quiet = first, steps, quiet
-        self.tokens, self.validation = 0, None
-        self.begin = self.shown = time.perf_counter()
+        self.tokens, self.validation = 0, ""
+        self.begin = time.perf_counter()
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def show(self, n_tokens: int, entry: dict[str, float]) -> None:
         """Notes a step on so many tokens, and what was measured of it."""
-        step, now = int(entry["step"]), time.perf_counter()
+        step, seconds = int(entry["step"]), time.perf_counter() - self.begin
         self.tokens += n_tokens
-        self.validation = entry.get("validation", self.validation)
+        if "validation" in entry:
+            self.validation = f"  validation {entry['validation']:.3f}"
         last = step == self.steps
-        if self.terminal:
-            due = last or now - self.shown > 0.2
-        else:
-            due = not self.quiet and (last or step % math.ceil(self.steps / 5) == 0)
-        if not due:
+        if not self.terminal and (self.quiet or step % math.ceil(self.steps / 5) and not last):
             return
-        self.shown, seconds = now, now - self.begin
         left = seconds / (step - self.first) * (self.steps - step)
-        losses = f"  loss {entry['loss']:.3f}"
-        if self.validation is not None:
-            losses += f"  validation {self.validation:.3f}"
         speed = f"{self.tokens / seconds:6,.0f} tokens/s  {left:3.0f} s left"
         start = "\r" if self.terminal else ""
         end = "" if self.terminal and not last else "\n"
+        losses = f"  loss {entry['loss']:.3f}{self.validation}"
         say(f"step {step:4}/{self.steps}{losses}  {speed}", start, end)

@@ -31,16 +31,10 @@ def curve_of(metrics: Metrics) -> list[tuple[int, float]]:
     return [(entry["step"], entry["validation"]) for entry in metrics if "validation" in entry]
 
 
-def best_look(metrics: Metrics) -> dict[str, Any]:
-    """-> the entry with the lowest validation loss, step 0 left out; the first of equals."""
-    looks = [entry for entry in metrics[1:] if "validation" in entry]
-    return min(looks, key=lambda entry: entry["validation"], default=metrics[0])
-
-
 def looks_since_best(metrics: Metrics) -> int:
     """-> how many looks at the validation data ago the loss was lowest, step 0 left out."""
-    best = best_look(metrics)["step"]
-    return sum(step > best for step, _ in curve_of(metrics)) if best else 0
+    losses = [loss for step, loss in curve_of(metrics) if step > 0]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 class Checkpoint:
@@ -56,6 +50,7 @@ class Checkpoint:
         """
         self.file, self.film = directory / "checkpoint.pt", film
         self.keep_best, self.best = keep_best, None  # the weights of the best look
+        self.numbers = {}, {}  # what is stored of the trainee and the optimizer
         self.metrics: Metrics = []
         self.stored: dict[str, Any] = {}  # the settings of the run that lies there
         self.settings: dict[str, Any] = {}  # and of this one
@@ -116,12 +111,10 @@ class Checkpoint:
         optimizer.load_state_dict(averages)
         return list(self.metrics)
 
-    def restore_best(self, trainee: nn.Module, metrics: Metrics) -> dict[str, Any]:
-        """Goes back to the best numbers, if they were kept -> the look at what is there now."""
-        if not self.keep_best:
-            return metrics[-1]
-        trainee.load_state_dict(self.best)
-        return best_look(metrics)
+    def restore_best(self, trainee: nn.Module) -> None:
+        """Goes back to the best numbers, if they were kept."""
+        if self.keep_best:
+            trainee.load_state_dict(self.best)
 
     def end(self) -> None:
         """Removes what only an interrupted run needs."""

@@ -65,6 +65,7 @@ TRAIN = {  # flags of train.py: the sentence that it ends with
 GENERATE = {
     "": "give one of --data or --task (evaluate), --prompt (complete) and --export",
     "--prompt x --data y": "give one of --data or --task (evaluate), --prompt (complete) and --e",
+    "--prompt x --predict y": "give one of --data or --task (evaluate), --prompt (complete) and ",
     "--export x": "--export saves an --adapter for PEFT: give one",
     "--prompt x --top-k 3": "--top-k samples, and needs a --temperature above 0",
     "--prompt x --top-k 0": "--top-k: 0 is not a number from 1 to ",
@@ -125,6 +126,15 @@ def test_flags_are_answered_before_torch_is_imported(argv, status):
     assert done.stdout.endswith(f"{status} False\n")
     name = argv.split()[0]
     assert re.fullmatch(rf"{name}: error: .*\n" if status else "", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_training_does_not_wait_for_torch_compile(base, tmp_path):
+    """Its import takes two seconds, and nothing here is compiled."""
+    argv = train_argv(base, "--out", tmp_path / "out")
+    code = f"import sys, train; train.main({argv}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
 
 
 def test_the_help_names_each_methods_defaults(capsys):
@@ -213,10 +223,21 @@ def test_memory_that_does_not_suffice_gets_a_sentence(capsys, error):
     """Any other RuntimeError is a mistake of ours, and stays a traceback."""
     with pytest.raises(SystemExit, match="2"):
         run_command(raising(error))
-    assert "error: out of memory: lower --batch-size or --n-virtual" in capsys.readouterr().err
+    remedy = "error: out of memory: lower --batch-size, or train with --micro-batch 1 ("
+    assert remedy in capsys.readouterr().err
     for mistake in ("shapes cannot be multiplied", "CUDA error: illegal memory access"):
         with pytest.raises(RuntimeError, match=mistake):
             run_command(raising(RuntimeError(mistake)))
+
+
+def test_a_reader_that_leaves_costs_nothing():
+    """As with `| head -1`: what is said to nobody is lost, and the program goes on."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "from command.console import say; say('a'); say('b'); assert False, 'it went on'"
+    command, cwd = [sys.executable, "-c", code], Path(train.__file__).parent
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=cwd, text=True)
+    assert done.stderr.endswith("AssertionError: it went on\n")
 
 
 @pytest.mark.slow
@@ -268,12 +289,14 @@ def test_a_prompt_is_completed_as_the_adapter_in_memory_would(base, tmp_path, ca
 
 
 def test_an_answer_that_ran_into_its_limit_is_marked(base):
-    """The flag's, or the context's. One that ended by itself is not."""
+    """The flag's, or the context's, adapters included. One that ended by itself is not."""
     model, tokenizer = load_base(base), load_tokenizer(base)
     assert completion(base, "--prompt", "name", "--max-new-tokens", 3).endswith(CUT)
     model.wte.weight.data[tokenizer.eot_token] = 0  # it never ends
     (text,) = answers(model, [], tokenizer, [[5] * 120], 256)
     assert text.endswith(CUT) and len(tokenizer.encode(text.removesuffix(CUT))) <= 9
+    (text,) = answers(model, [SoftPrompt.random(model, 6)], tokenizer, [[5] * 120], 256)
+    assert text.endswith(CUT) and len(tokenizer.encode(text.removesuffix(CUT))) <= 3
     end = torch.tensor([[tokenizer.eot_token]])
     model.generate = lambda idx, *_, **__: torch.cat([idx, end], dim=1)  # it ends at once
     assert answers(model, [], tokenizer, [[5]], 5) == [""]

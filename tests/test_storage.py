@@ -260,6 +260,13 @@ def test_a_saved_model_comes_back_bit_for_bit(model, tmp_path, dtype, tolerance)
     assert_close(again(random_ids(2, 5))[0], logits, rtol=0, atol=atol)
 
 
+def test_a_tuned_base_says_its_dtype_once(model, tmp_path):
+    """By the newer of its two names: the base that was tuned may have had both, and another."""
+    save_base(model, tmp_path, {"model_type": "gpt2", "torch_dtype": "float16", "dtype": "float16"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"model_type": "gpt2", "dtype": "float64"}
+
+
 def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(model):
     """Rounding goes by way of float32: from float64 at once, this one number would round up."""
     model.wte.weight.data[0, 0] = 1 + 2**-8 + 2**-40
