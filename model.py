@@ -35,11 +35,12 @@ def causal_mask(T: int, S: int, dtype: torch.dtype, device: torch.device) -> Ten
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """(B, H, T, D) queries, (B, H, S, D) keys and values -> softmax(q·kᵀ / √D + mask) v, as q."""
     q = q / math.sqrt(q.size(-1))
-    if k.size(2) >= 256 or q.is_cuda:  # one kernel, quicker there: it never holds all T · S scores
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)  # q has it
-    scores = q @ k.transpose(2, 3)  # (B, H, T, S)
-    weights = (scores + mask).softmax(dim=-1)  # (B, H, T, S): what each query looks at, sum 1
-    return weights @ v  # (B, H, T, D)
+    if k.size(2) < 256 and not q.is_cuda:
+        scores = q @ k.transpose(2, 3)  # (B, H, T, S)
+        weights = (scores + mask).softmax(dim=-1)  # (B, H, T, S): what each query looks at, sum 1
+        return weights @ v  # (B, H, T, D)
+    # Else the same in one kernel: it never holds all T · S scores, and is quicker there
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)  # q is scaled
 
 
 def append_past(past: KV | None, k: Tensor, v: Tensor) -> KV:

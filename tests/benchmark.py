@@ -6,9 +6,9 @@
     python tests/benchmark.py --memory 135M --P 20 --tokens 2000    the peak of one training
 
 Weights are random. It needs the peers: pip install -r tests/requirements.txt. A time is the median
-of 5 turns, in each of which all that is compared takes part. The *floor* is the time of the matrix
-products that no step can avoid. The rest of a step is attention, norms, GELU, loss, AdamW and
-Python. Rows go into tests/benchmark-KIND.json, with AVX2, AVX512 or the GPU's name as KIND, in
+of 5 turns, in each of which both methods and both sides take part. The *floor* is the time of the
+matrix products that no step can avoid. The rest of a step is attention, norms, GELU, loss, AdamW
+and Python. Rows go into tests/benchmark-KIND.json, with AVX2, AVX512 or the GPU's name as KIND, in
 bfloat16 too where the processor multiplies it. On a GPU, batches have 32 rows.
 """
 
@@ -23,9 +23,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MKL_CBWR"] = "AUTO"  # start_process asks for STRICT, which slows products of one row
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py has it
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 
 import torch  # noqa: E402
@@ -170,11 +172,12 @@ def floor(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[]
 # ------------------------------------------------------------------------------ how it is measured
 
 
-def seconds(contestants: dict[str, Callable[[], object]]) -> tuple[dict[str, float], float]:
-    """-> the median time of each, and the first's distance of quartiles as a share of it."""
+def seconds(contestants: dict[Any, Callable[[], object]]) -> tuple[dict, dict]:
+    """-> the median time of each, and the distance of its quartiles as a share of that."""
     times = interleaved(contestants, TURNS)
-    low, middle, high = quantiles(next(iter(times.values())), n=4)
-    return {name: median(taken) for name, taken in times.items()}, (high - low) / middle
+    quarters = {name: quantiles(taken, n=4) for name, taken in times.items()}
+    spreads = {name: (high - low) / middle for name, (low, middle, high) in quarters.items()}
+    return {name: median(taken) for name, taken in times.items()}, spreads
 
 
 def peak_of_this_process(
@@ -231,32 +234,36 @@ class Table:
         print(f"{f'{what}, {unit}':58}{cells}{''.join(ratios)}  {extra}", flush=True)
 
 
-def compare(table: Table, root: Path, size: str, method: str, P: int, dtype: torch.dtype) -> None:
-    """One training step here and in PEFT, its floor, and what it takes in memory."""
+def compare(
+    table: Table, root: Path, size: str, methods: list[str], P: int, dtype: torch.dtype
+) -> None:
+    """A step of each method here and in PEFT, its products, and what each takes in memory."""
     rows, directory = random_rows(size, B), root / f"{size}-{dtype}"
-    batch = data.batch_of(rows, DEVICE)
-    model, adapter = ours(load_base(directory), method, P)
-    peer = theirs(directory, method, P, adapter)
-    sides = {"here": partial(forward, model, [adapter], batch), "peft": their_loss(peer, rows)}
-    a, b = (loss_of().item() for loss_of in sides.values())
-    assert abs(a - b) < (1e-4 if dtype == FLOAT32 else 2e-2) * b, f"losses: {a} here, {b} in PEFT"
-    contestants = {"here": step(adapter, sides["here"]), "peft": step(peer, sides["peft"])}
-    contestants["floor"] = floor(products(size, method, P), dtype)
-    more = {}
-    if P == 20 and method == "prefix" and dtype == FLOAT32:
+    batch, model = data.batch_of(rows, DEVICE), load_base(directory)
+    sides, steps = {}, {}
+    for method in methods:
+        model, adapter = ours(model, method, P)
+        peer = theirs(directory, method, P, adapter)
+        here, peft = partial(forward, model, [adapter], batch), their_loss(peer, rows)
+        a, b, close = here().item(), peft().item(), 1e-4 if dtype == FLOAT32 else 2e-2
+        assert abs(a - b) < close * b, f"losses: {a} here, {b} in PEFT"
+        sides[method] = {"here": (model, here), "peft": (peer, peft)}
+        steps[method, "here"], steps[method, "peft"] = step(adapter, here), step(peer, peft)
+        steps[method, "floor"] = floor(products(size, method, P), dtype)
+    if P == 20 and dtype == FLOAT32:
         whole = load_base(directory).to(DEVICE)
-        contestants["full"] = step(whole, partial(forward, whole, [], batch))
-    taken, spread = seconds(contestants)
-    if "full" in taken:
-        more["/full"] = taken["here"] / taken["full"]
-    name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
-    times = [1e3 * taken[side] for side in ("here", "peft", "floor")]
-    table.add(f"{name} step", "ms", *times, **more, spread=spread)
-    kept = [kept_for_backward(*pair) / 1e6 for pair in zip((model, peer), sides.values())]
-    table.add(f"{name} kept for backward", "MB", *kept)
-    if P == 20:
-        what = (directory, size, method, P, SOURCE + TARGET, B)
-        table.add(f"{name} peak memory", "MB", *(peak(side, *what) for side in sides))
+        steps["full"] = step(whole, partial(forward, whole, [], batch))
+    taken, spreads = seconds(steps)
+    for method in methods:
+        name = f"{size} {method} P={P} {str(dtype).removeprefix('torch.')}"
+        times = [1e3 * taken[method, side] for side in ("here", "peft", "floor")]
+        more = {"/full": taken[method, "here"] / taken["full"]} if "full" in taken else {}
+        table.add(f"{name} step", "ms", *times, **more, spread=spreads[method, "here"])
+        kept = [kept_for_backward(*side) / 1e6 for side in sides[method].values()]
+        table.add(f"{name} kept for backward", "MB", *kept)
+        if P == 20:
+            what = (directory, size, method, P, SOURCE + TARGET, B)
+            table.add(f"{name} peak memory", "MB", *(peak(side, *what) for side in sides[method]))
 
 
 def compare_generation(table: Table, root: Path, size: str, dtype: torch.dtype, P: int) -> None:
@@ -273,17 +280,17 @@ def compare_generation(table: Table, root: Path, size: str, dtype: torch.dtype, 
             "peft": lambda: peer.generate(**their, max_new_tokens=NEW),
         }
         assert sides["here"]().shape == sides["peft"]().shape == (n, SOURCE + NEW)
-        taken, spread = seconds(sides)
+        taken, spreads = seconds(sides)
         speeds = [n * NEW / taken[side] for side in sides]
-        table.add(f"{name}, {n} rows", "tokens/s", *speeds, spread=spread)
+        table.add(f"{name}, {n} rows", "tokens/s", *speeds, spread=spreads["here"])
     prefixes = [Prefix.random(model, P, torch.Generator().manual_seed(i)) for i in range(n)]
     with torch.no_grad():
         one = prefixes[0].past_kv(model)
         many = rows_of([prefix.past_kv(model) for prefix in prefixes])
     ways = {"many": partial(model.generate, idx, NEW, many)}
     ways["one"] = partial(model.generate, idx, NEW, one)
-    taken, spread = seconds(ways)
-    more = {"/one for all": taken["many"] / taken["one"], "spread": spread}
+    taken, spreads = seconds(ways)
+    more = {"/one for all": taken["many"] / taken["one"], "spread": spreads["many"]}
     more["MB an adapter"] = 4 * prefixes[0].start.numel() / 1e6
     table.add(f"{name}, {n} rows with {n} prefixes", "tokens/s", n * NEW / taken["many"], **more)
 
@@ -357,9 +364,8 @@ def main() -> None:
         for size in args.sizes:
             make_base(root, size, dtypes)
             for dtype in dtypes:
-                for method in args.methods:
-                    for P in args.P:
-                        compare(table, root, size, method, P, dtype)
+                for P in args.P:
+                    compare(table, root, size, args.methods, P, dtype)
                 if "prefix" in args.methods and 20 in args.P:
                     compare_generation(table, root, size, dtype, P=20)
 
