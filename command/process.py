@@ -37,9 +37,9 @@ def start_process(batch_size: int | None = None) -> tuple[int, int]:
 
 
 def leave_torch_compile_out() -> None:
-    """Bares what would import torch.compile, which takes 2 s: nothing is compiled here.
+    """Strips what imports torch.compile, which takes 2 s: nothing is compiled here.
 
-    These are AdamW, and embeddings on the meta device, which load_base makes.
+    These are wrappers of AdamW, and random numbers for the meta tensors of load_base.
     """
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         setattr(Optimizer, name, inspect.unwrap(getattr(Optimizer, name)))
