@@ -9,6 +9,7 @@ from conftest import BLOCK, C, D, H, L, V, random_ids, random_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from llama import LlamaConfig, frequencies
 from model import GPT, Block, GPTConfig, attend, causal_mask, stacked_past_kv
 from prefix import Prefix
 from soft_prompt import SoftPrompt
@@ -279,6 +280,20 @@ def test_the_head_is_the_embedding(model):
     assert model.head is model.wte.weight
     assert_close(model(idx)[0], hidden @ model.wte.weight.T)
     assert_close(hidden[:, -1] @ model.head.T, model(idx)[0][:, -1])
+
+
+def test_llama_3_slows_the_pairs_that_turn_seldom():
+    """With a first context of 64: pairs of 4 rounds in it stay, those of 1 turn 8 times slower."""
+    plain = LlamaConfig(V, BLOCK, L, H, H, C, C, 16, 100.0, 1e-5)
+    before = frequencies(plain, torch.device("cpu"))
+    slowed = replace(plain, rope_scaling=(8.0, 1.0, 4.0, 64))
+    expected = []
+    for turns in before.tolist():
+        rounds = 64 * turns / (2 * math.pi)
+        kept = min(1, max(0, (rounds - 1) / 3))
+        expected.append(kept * turns + (1 - kept) * turns / 8)
+    assert_close(frequencies(slowed, torch.device("cpu")), torch.tensor(expected))
+    assert expected[0] == before[0] and expected[-1] == before[-1] / 8
 
 
 def test_a_context_too_long_is_refused_in_one_sentence(model):

@@ -280,6 +280,16 @@ def test_a_pretraining_that_died_while_saving_is_repeated(tmp_path, monkeypatch)
     assert load_base(tmp_path / "base").config.block_size == 128
 
 
+def test_the_flags_reach_the_pretraining(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(pretraining, "pretrain", lambda *given: made.append(given))
+    (tmp_path / "a.txt").write_text("a text", encoding="utf-8")
+    flags = f"--corpus {tmp_path / 'a.txt'} --out {tmp_path / 'own'} --sizes 1 2 4 8 --steps 3"
+    pretraining.main([*flags.split(), *"--lr 0.5 --batch-size 5 --seed 7 --device cpu".split()])
+    own = (["a text"], [1, 2, 4, 8], 3, 0.5, 5, 7, torch.device("cpu"))
+    assert made == [(tmp_path / "own", *own)]
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_base_is_never_overwritten(tmp_path, monkeypatch, name):
     """Nor is anything else of ours. It is refused before the training."""

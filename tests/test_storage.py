@@ -25,7 +25,7 @@ from small_base.pretrain import train_bpe
 from small_base.world import random_document
 from soft_prompt import SoftPrompt
 from storage.adapters import load_adapter, save_adapter
-from storage.base import fingerprint, load_base, save_base
+from storage.base import fingerprint, load_base, read_config, save_base
 from storage.files import (
     OURS, TRAINING, check_place, check_predictions, check_writable, read_json, read_tensors,
     replace_file, write_json, write_tensors,
@@ -351,6 +351,15 @@ OTHER_MODELS = [
 ]
 
 
+def test_what_a_llamas_config_leaves_out_follows_from_its_heads(tmp_path):
+    """Each head of queries has keys of its own, and the width is divided among them."""
+    sizes = {"vocab_size": 9, "max_position_embeddings": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 3, "hidden_size": 12, "intermediate_size": 20}
+    write_json(tmp_path / "config.json", {"model_type": "llama"} | sizes)
+    config = read_config(tmp_path / "config.json")
+    assert (config.n_kv_head, config.head_dim) == (3, 4)
+
+
 @pytest.mark.parametrize("changes, sentence", OTHER_MODELS, ids=lambda given: str(given)[:40])
 def test_a_config_of_another_model_is_refused_by_name(model, tmp_path, changes, sentence):
     """Another architecture, no sizes, sizes that the weights have not, quantised weights."""
@@ -464,6 +473,7 @@ def test_any_text_survives_its_tokens(tmp_path):
     ids = tokenizer.encode(DIFFICULT, allowed_special="all")
     assert tokenizer.decode(ids) == DIFFICULT and tokenizer.eot_token not in ids
     assert tokenizer.encode_ordinary(DIFFICULT) == ids
+    assert tokenizer.decode(tokenizer.encode("half a pair: \ud800")) == "half a pair: \ufffd"
     assert tokenizer.n_vocab == tokenizer.eot_token + 1
 
 
