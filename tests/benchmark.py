@@ -186,7 +186,8 @@ def peak_of_this_process(
     """-> MB at most, of the card or the machine, after three steps of training one side."""
     rows = random_rows(size, n, tokens)
     if side == "here":
-        model, trained = ours(load_base(directory), method, P)
+        base = load_base(directory) if directory else random_model(size)
+        model, trained = ours(base, method, P)
         one = step(trained, partial(forward, model, [trained], data.batch_of(rows, DEVICE)))
     else:
         trained = theirs(Path(directory), method, P)
@@ -352,15 +353,13 @@ def main() -> None:
     quicker = seconds_of_a_product(BFLOAT16) < seconds_of_a_product(FLOAT32)
     dtypes = [FLOAT32, BFLOAT16] if CUDA or quicker else [FLOAT32]
     table = Table(Path(__file__).with_name(f"benchmark-{kind_of_machine()}.json"))
+    if args.memory:
+        size, P = args.memory, args.P[0]
+        what = f"{size} prefix P={P} float32, {args.rows} rows of {args.tokens} tokens"
+        at_most = peak("here", "", size, "prefix", P, args.tokens, args.rows)  # of no file
+        return table.add(f"{what} peak memory", "MB", at_most)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        if args.memory:
-            size, (P, *_), (dtype, *_) = args.memory, args.P, dtypes
-            make_base(root, size, [dtype])
-            what = f"{size} prefix P={P} float32, {args.rows} rows of {args.tokens} tokens"
-            directory = root / f"{size}-{dtype}"
-            at_most = peak("here", directory, size, "prefix", P, args.tokens, args.rows)
-            return table.add(f"{what} peak memory", "MB", at_most)
         for size in args.sizes:
             make_base(root, size, dtypes)
             for dtype in dtypes:

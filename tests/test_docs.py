@@ -337,6 +337,10 @@ def test_what_the_page_says_of_speed_was_measured():
         for method in ("soft_prompt", "prefix")
         for size in ("124M", "135M")
     ]
+    peaks = [
+        LAPTOP[f"{size} prefix P=20 float32, {n} rows of {T} tokens peak memory"]["here"] / 1000
+        for size, n, T in (("135M", 1, 2000), ("135M", 2, 2000), ("1.5B", 10, 75))
+    ]
     floors = [ratios(size, "floor") for size in ("124M", "135M")]
     shares = [ratios(size, "full") for size in ("124M", "135M")]
     sentences = [
@@ -346,5 +350,7 @@ def test_what_the_page_says_of_speed_was_measured():
         "takes {:.2f} of a full fine-tuning step on GPT-2 small in float32, and {:.2f} on "
         "SmolLM2-135M. A prefix takes {:.2f} and {:.2f}.".format(*full),
         f"takes {many[0]['MB an adapter']:.1f} MB there",
+        "one row of 2,000 tokens takes {:.1f} GB at the peak, and two take {:.1f} GB".format(*peaks),
+        f"takes {peaks[2]:.1f} GB with ten rows of 75 tokens",
     ]
     assert not [sentence for sentence in sentences if sentence not in one_line(SPEED)]
