@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                         GPT-2 small and SmolLM2-135M, as this machine
     python tests/benchmark.py --sizes 124M --P 20     some of it; other rows of the file stay
-    python tests/benchmark.py --draw tests/benchmark.json           bars of stored rows
+    python tests/benchmark.py --draw tests/benchmark-AVX2.json      bars of stored rows
     python tests/benchmark.py --memory 135M --P 20 --tokens 2000    the peak of one training
 
 Weights are random. It needs the peers: pip install -r tests/requirements.txt. A time is the median
