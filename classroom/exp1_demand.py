@@ -23,7 +23,7 @@ import statistics
 from functools import partial
 from typing import Any, NamedTuple
 
-from common import NAMES, Experiment, how_soon, sooner_first
+from common import NAMES, Experiment, Run, how_soon, sooner_first
 
 from command.console import run_command
 from data import Example
@@ -85,6 +85,15 @@ def examples_of(demand: Demand, split: str, n: int, seed: int) -> list[Example]:
     return examples
 
 
+def begin(
+    experiment: Experiment, examples: dict[str, list[Example]], method: str, size: int, seed: int,
+    lr: float, steps: int,
+) -> Run:  # fmt: skip
+    """-> a run on the base of its seed, before its first step."""
+    base = experiment.base(seed)
+    return experiment.prepared(examples, method, seed, base, size, lr, steps, BATCH, steps // LOOK)
+
+
 def exposures(run: dict[str, Any]) -> float:
     """-> how often a run has seen each key when it ended."""
     return run["steps"] * BATCH / DEMANDS[run["demand"]].n_keys
@@ -144,11 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     ) -> dict[str, Any]:
         n = {"train": 4000 if DEMANDS[demand].n_keys > 36 else 1000, "validation": 100, "test": 300}
         examples = {split: examples_of(DEMANDS[demand], split, n[split], seed) for split in n}
-        run = experiment.prepared(
-            examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr, steps=STEPS,
-            batch_size=BATCH, looks=STEPS // LOOK,
-        )  # fmt: skip
-        return how_soon(run, most)
+        return how_soon(begin(experiment, examples, method, size, seed, lr, STEPS), most)
 
     cells: Cells = {}
     for demand in demands:  # column by column, so that a part of the table is of use

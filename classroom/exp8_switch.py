@@ -14,7 +14,7 @@ import random
 from typing import Any
 
 from common import Experiment, how_soon, spread
-from exp1_demand import MIDDLES, Cells, draw_grid, label, steps_in_words
+from exp1_demand import MIDDLES, Cells, begin, draw_grid, label, steps_in_words
 
 from command.console import run_command
 from data import Example
@@ -25,7 +25,7 @@ FOREIGN = ["casual", "polite", "chat", "terse"]  # only after other sources
 WORDS = ["glad", "guest", "still", "ready", "asks", "come", "serve", "rated"]
 COUNTS = [2, 4, 8]
 SIZES = [("prefix", 8), ("soft_prompt", 64)]  # 8,192 numbers each
-BATCH, STEPS, STEPS_OF_SEARCH, LOOK = 8, 2_400, 800, 50
+STEPS, STEPS_OF_SEARCH = 2_400, 800
 
 
 def examples_of(N: int, split: str, n: int, seed: int) -> list[Example]:
@@ -52,11 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     def measure(forms: int, method: str, size: int, seed: int, lr: float, most: int) -> dict:
         n = {"train": 1000, "validation": 80, "test": 160}
         examples = {split: examples_of(forms, split, n[split], seed) for split in n}
-        run = experiment.prepared(
-            examples, method, seed, experiment.base(seed), n_virtual=size, lr=lr, steps=STEPS,
-            batch_size=BATCH, looks=STEPS // LOOK,
-        )  # fmt: skip
-        return how_soon(run, most)
+        return how_soon(begin(experiment, examples, method, size, seed, lr, STEPS), most)
 
     cells: Cells = {}
     for N in counts:  # the easy ones first

@@ -281,6 +281,7 @@ def test_a_pretraining_that_died_while_saving_is_repeated(tmp_path, monkeypatch)
 
 
 def test_the_flags_reach_the_pretraining(tmp_path, monkeypatch):
+    """Each of them, and the texts of the corpus."""
     made = []
     monkeypatch.setattr(pretraining, "pretrain", lambda *given: made.append(given))
     (tmp_path / "a.txt").write_text("a text", encoding="utf-8")
