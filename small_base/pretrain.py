@@ -157,10 +157,12 @@ def orthogonal(x: Tensor) -> Tensor:
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT  # (N, rows, rows): the wide matrix is multiplied here and at the end only
+    product = identity = torch.eye(x.size(1), device=x.device)
     for _ in range(5):  # Newton and Schulz's iteration, with Jordan's coefficients
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        gram, product = factor @ gram @ factor, factor @ product
+    return product @ x
 
 
 def pretrain(
