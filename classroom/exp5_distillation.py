@@ -30,11 +30,16 @@ from model import Decoder, KVCache
 from prefix import Prefix
 from train import Plan, loss_of, target_hidden
 
-TEXT = """Hillmouth is a village of 340 people at the mouth of the river Orne. A ferry crosses to the island of Sall at seven,
-noon and six; it carries bicycles but no cars. The school has two teachers and nineteen pupils. The baker, Mrs Adair, sells rye
-bread on Tuesdays and fish pies on Fridays. The lighthouse was built in 1871, has 112 steps and is open in summer. Guests stay
-at the Anchor, which has six rooms, or camp behind the mill. Dogs must be kept on a lead.
-"""
+TEXT = (
+    "Hillmouth is a village of 340 people at the mouth of the river Orne. A ferry crosses to "
+    "the island of Sall at seven,\n"
+    "noon and six; it carries bicycles but no cars. The school has two teachers and nineteen "
+    "pupils. The baker, Mrs Adair, sells rye\n"
+    "bread on Tuesdays and fish pies on Fridays. The lighthouse was built in 1871, has 112 "
+    "steps and is open in summer. Guests stay\n"
+    "at the Anchor, which has six rooms, or camp behind the mill. Dogs must be kept on a "
+    "lead.\n"
+)
 ABOUT = ["the village", "the river", "the ferry", "the island", "the school", "the baker"]
 ABOUT += ["the lighthouse", "the Anchor", "bicycles and cars", "the camp site", "dogs"]
 ABOUT += ["the people of Hillmouth"]

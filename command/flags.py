@@ -159,7 +159,8 @@ def pretrain_flags(description: str, argv: list[str] | None = None) -> argparse.
     add("--corpus", metavar="FILE", type=Path, nargs="+", default=[], help=texts)
     sizes = {"nargs": 4, "metavar": ("L", "H", "C", "BLOCK"), "default": [4, 4, 128, 128]}
     add("--sizes", type=count, **sizes, help="layers, heads, width, context (4 4 128 128)")
-    add("--steps", type=count, default=PRETRAIN_STEPS, help="optimizer steps (default: %(default)s)")
+    steps = "optimizer steps (default: %(default)s)"
+    add("--steps", type=count, default=PRETRAIN_STEPS, help=steps)
     add("--lr", type=rate, default=PRETRAIN_LR, help="peak learning rate (default: %(default)s)")
     add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")
     add("--seed", type=seed, default=0, help="of texts, order and start (default: 0)")

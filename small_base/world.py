@@ -52,24 +52,36 @@ VERDICT = {1: "negative", 2: "negative", 3: "neutral", 4: "positive", 5: "positi
 
 def successor(r: Record) -> Record:
     """-> the record of the next values in each list: a mapping that no document holds."""
-    places = [values.index(value) + 1 for values, value in zip(VALUES, r)]
-    return Record(*(values[place % len(values)] for values, place in zip(VALUES, places)))
+    following = [values.index(value) + 1 for values, value in zip(VALUES, r)]
+    return Record(*(values[i % len(values)] for values, i in zip(VALUES, following)))
 
 
 # Values stand in mid-line behind a space, so each is the same token wherever it is copied.
 FORMS: dict[str, Callable[[Record], str]] = {
-    "table": lambda r: f"name : {r.name} | food : {r.food} | area : {r.area} | price : {r.price} | rating : {r.rating}",
-    "sentence": lambda r: f"The {r.name} serves {r.food} food in the {r.area} area , asks {r.price} prices and is rated {r.rating} of 5 .",
-    "chat": lambda r: f"hey , try {r.name} by the {r.area} ! {r.food} , {r.price} , {r.rating} of 5",
-    "advert": lambda r: f"Tonight : {r.food} at the {r.name} ! rated {r.rating} of 5 , {r.price} , at the {r.area}",
-    "review": lambda r: f"I had {r.food} food at the {r.name} in the {r.area} area : {r.price} and {TASTE[r.rating]} .",
+    "table": lambda r: " | ".join(f"{key} : {value}" for key, value in r._asdict().items()),
+    "sentence": lambda r: (
+        f"The {r.name} serves {r.food} food in the {r.area} area , asks {r.price} prices and is "
+        f"rated {r.rating} of 5 ."
+    ),
+    "chat": lambda r: (
+        f"hey , try {r.name} by the {r.area} ! {r.food} , {r.price} , {r.rating} of 5"
+    ),
+    "advert": lambda r: (
+        f"Tonight : {r.food} at the {r.name} ! rated {r.rating} of 5 , {r.price} , at the {r.area}"
+    ),
+    "review": lambda r: (
+        f"I had {r.food} food at the {r.name} in the {r.area} area : {r.price} and "
+        f"{TASTE[r.rating]} ."
+    ),
     "verdict": lambda r: VERDICT[r.rating],
     "message": lambda r: f"Hello , does the {r.name} at the {r.area} still serve {r.food} food ?",
-    "polite": lambda r: f"Dear guest , the {r.name} is glad to serve you {r.food} food at the {r.area} .",
+    "polite": lambda r: (
+        f"Dear guest , the {r.name} is glad to serve you {r.food} food at the {r.area} ."
+    ),
     "casual": lambda r: f"sure , come by the {r.area} , {r.name} has {r.food} ready !",
     "terse": lambda r: f"Yes : {r.name} , {r.area} , {r.food} .",
     "shifted": lambda r: FORMS["sentence"](successor(r)),
-}  # fmt: skip
+}
 
 # What pretraining documents hold: a source, and the forms that may follow it.
 DOCUMENTS = {

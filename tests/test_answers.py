@@ -1,4 +1,4 @@
-"""classroom/answers.md: what can be counted is counted right, and what a table says is in the table."""
+"""classroom/answers.md: what can be counted is counted right, what is quoted is in its table."""
 
 import re
 from pathlib import Path

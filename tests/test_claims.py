@@ -181,7 +181,8 @@ def test_the_verdicts_are_those_of_the_runs():
         "A prefix needs more memory": ("no", f"{kept[0]}; soft prompt {kept[1]}"),
         "Complex tasks": ("not seen", facts),
         "A soft prompt is cheaper": (
-            "no", f"{between(steps_ratio(LAPTOP, SERVER))} of a prefix's step",
+            "no",
+            f"{between(steps_ratio(LAPTOP, SERVER))} of a prefix's step",
         ),
         "Simple tasks": ("yes", "100 % with 768 numbers"),
         "A prefix gives": ("depends", switching()),
@@ -250,7 +251,12 @@ PARTS = {  # a section of the findings -> the scripts and tables that it reports
     "Usual tasks on the small base": ("compare",),
     "Real language: E2E": ("e2e",),
     "The claims, one by one": (
-        "exp1_demand", "exp1_earlier", "compare", "e2e", "exp8_switch", "exp6_request",
+        "exp1_demand",
+        "exp1_earlier",
+        "compare",
+        "e2e",
+        "exp8_switch",
+        "exp6_request",
     ),
     "What each demand needs": ("exp1_demand", "exp1_earlier"),
 }

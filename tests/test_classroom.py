@@ -111,7 +111,8 @@ def test_the_share_of_a_text_is_that_of_its_tokens(model):
 
 
 def runs_of(trained, exact, loss) -> list[dict]:
-    return [{"trained": trained, "validation_exact": e, "validation": v} for e, v in zip(exact, loss)]
+    keys = ("trained", "validation_exact", "validation")
+    return [dict(zip(keys, (trained, *pair))) for pair in zip(exact, loss)]
 
 
 def test_the_sentence_names_the_cheapest_that_keeps_up_in_every_pair():
@@ -129,9 +130,7 @@ def test_the_sentence_names_the_cheapest_that_keeps_up_in_every_pair():
     methods["soft_prompt"] = runs_of(700, [97, 98, 99], [0.5, 0.5, 0.5])
     best = "is soft prompt, 700 numbers: 98 % exact match on validation data."
     assert compare.verdict(methods).endswith(best)
-    free = {
-        name: [run | {"validation_exact": 0} for run in runs] for name, runs in methods.items()
-    }
+    free = {name: [run | {"validation_exact": 0} for run in runs] for name, runs in methods.items()}
     assert "is full fine-tuning, 1,000,000 numbers: 0.1 nats a token" in compare.verdict(free)
     del free["prefix"]
     assert "What is cheaper stays behind in every pair." in compare.verdict(free)
@@ -146,7 +145,7 @@ def test_noise_never_speaks_for_a_method(apart):
     assert "is full fine-tuning" in sentence
 
 
-# -------------------------------------------------------------------------------------------------------------- scripts
+# scripts
 
 
 def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsys):
@@ -165,7 +164,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsy
     with pytest.raises(KeyboardInterrupt):
         compare.main([*argv, "--lr", "0.01"])
     compare.main([*argv, "--lr", "0.01"])
-    assert len(tuned) == 11 and len(set(tuned)) == 10  # five methods, two seeds, one of them begun twice
+    assert len(tuned) == 11 and len(set(tuned)) == 10  # 5 methods, 2 seeds; one begun twice
     assert {seed for *_, seed in tuned} == {0, 1}
     printed = capsys.readouterr().out
     assert all(f"| {compare.NAMES[method]} |" in printed for method in compare.METHODS)
@@ -191,7 +190,8 @@ def test_each_seed_of_an_embedded_task_has_a_base_of_its_own(base, tmp_path, mon
     monkeypatch.setattr(
         experiment, "prepared", lambda examples, method, seed, base, **_: used.append(str(base))
     )
-    for task in (compare.Task("chat", None, None, None), compare.Task("mine", "mine.jsonl", "m", 1)):
+    for args in (("chat", None, None, None), ("mine", "mine.jsonl", "m", 1)):
+        task = compare.Task(*args)
         monkeypatch.setattr(compare, "load_examples", lambda *_: {})
         for seed in (0, 1, 2):
             compare.ready(experiment, task, "prefix", seed)

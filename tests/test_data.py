@@ -24,7 +24,8 @@ from storage.tokenizers import Encoding, build_tokenizer, ranks_of
 @pytest.fixture(scope="module")
 def tokenizer():
     rng = random.Random(0)
-    return build_tokenizer(ranks_of(train_bpe(["\n".join(random_document(rng)) for _ in range(500)], 300)))
+    texts = ["\n".join(random_document(rng)) for _ in range(500)]
+    return build_tokenizer(ranks_of(train_bpe(texts, 300)))
 
 
 def test_the_examples_in_the_docstring_run():

@@ -350,7 +350,8 @@ def test_what_the_page_says_of_speed_was_measured():
         "takes {:.2f} of a full fine-tuning step on GPT-2 small in float32, and {:.2f} on "
         "SmolLM2-135M. A prefix takes {:.2f} and {:.2f}.".format(*full),
         f"takes {many[0]['MB an adapter']:.1f} MB there",
-        "one row of 2,000 tokens takes {:.1f} GB at the peak, and two take {:.1f} GB".format(*peaks),
+        f"one row of 2,000 tokens takes {peaks[0]:.1f} GB at the peak, and two take "
+        f"{peaks[1]:.1f} GB",
         f"takes {peaks[2]:.1f} GB with ten rows of 75 tokens",
     ]
     assert not [sentence for sentence in sentences if sentence not in one_line(SPEED)]

@@ -9,7 +9,8 @@ from conftest import write_jsonl
 
 from small_base.world import task_examples
 
-pytest.importorskip("sacrebleu", reason="sacrebleu, which scores, is not installed: see tests/requirements.txt")
+missing = "sacrebleu, which scores, is not installed: see tests/requirements.txt"
+pytest.importorskip("sacrebleu", reason=missing)
 
 import e2e  # noqa: E402
 import sacrebleu  # noqa: E402
@@ -23,11 +24,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def files(tmp_path):
-    """A pool and a test set in the form of E2E, of the restaurant world: two sentences for a record."""
+    """A pool and a test set in the form of E2E: two sentences for a record of the small world."""
     for name, split, n in (("pool", "train", 20), ("test", "test", 4)):
         examples = task_examples("sentence", split, n, 0)
-        examples += [example._replace(target=example.target.replace("The", "Our")) for example in examples]
-        write_jsonl(tmp_path / f"{name}.jsonl", examples)
+        others = [
+            example._replace(target=example.target.replace("The", "Our")) for example in examples
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", examples + others)
     return ["--data", str(tmp_path / "pool.jsonl"), "--test", str(tmp_path / "test.jsonl")]
 
 
@@ -42,25 +45,28 @@ def made_of(files, base, out, *more) -> e2e.E2E:
 
 
 def test_each_run_is_done_once_and_stored_when_it_ends(files, base, tmp_path, capsys, monkeypatch):
-    """A second call prints the same tables without a run; runs on other data are others, and stand beside them."""
+    """A second call prints the same tables without a run; runs on other data stand beside them."""
     found = measure(files, base, tmp_path)
     tables = capsys.readouterr().out.split("table\n", 1)[1]
     assert all(f"\n{part}\n" in tables for part in (*list(e2e.PARTS)[1:], "plateau", "costs"))
-    assert all((tmp_path / f"e2e_{part}.md").read_text(encoding="utf-8") in tables for part in (*e2e.PARTS, "plateau", "costs"))
+    for part in (*e2e.PARTS, "plateau", "costs"):
+        assert (tmp_path / f"e2e_{part}.md").read_text(encoding="utf-8") in tables
     monkeypatch.setattr(e2e, "looks_of", lambda *_: pytest.fail("trained again"))
     assert measure(files, base, tmp_path, "--parts", *e2e.PARTS)["runs"] == found["runs"]
     assert capsys.readouterr().out.replace("\n", "")[:500] in "table" + tables.replace("\n", "")
     monkeypatch.undo()
     both = measure([*files[:3], files[1]], base, tmp_path, "--parts", "length")["runs"]
-    assert both[: len(found["runs"])] == found["runs"] and len({run["base_and_data"] for run in both}) == 2
+    assert both[: len(found["runs"])] == found["runs"]
+    assert len({run["base_and_data"] for run in both}) == 2
 
 
 def test_a_report_measures_nothing(files, base, tmp_path, monkeypatch):
     """Of what is not there, it has no row."""
     monkeypatch.setattr(e2e, "looks_of", lambda *_: pytest.fail("trained"))
-    made = made_of(files, base, tmp_path)
-    e2e.main(["--report", "--base", base, "--device", "cpu", "--out", str(tmp_path), *files, "--parts", "table", "values"])
-    for part in ("table", "values"):
+    made, parts = made_of(files, base, tmp_path), ["table", "values"]
+    where = ["--base", base, "--device", "cpu", "--out", str(tmp_path), *files]
+    e2e.main(["--report", *where, "--parts", *parts])
+    for part in parts:
         assert len((tmp_path / f"e2e_{part}.md").read_text(encoding="utf-8").splitlines()) == 2
     assert made.runs(e2e.Cell("prefix", 10)) == []
 
@@ -92,30 +98,33 @@ def test_answers_go_where_git_ignores_them(files, base, tmp_path):
 
 
 def test_what_is_reported_is_not_what_is_chosen_on(files, base, tmp_path):
-    """Learning rates are chosen by the validation loss of a seed of their own, and no score of that is looked at."""
+    """Rates are chosen by the validation loss of a seed of their own, whose scores are not seen."""
     runs = measure(files, base, tmp_path, "--parts", "table", "length", "values")["runs"]
     chosen_on = [run for run in runs if run["seed"] == e2e.UNREPORTED]
     assert chosen_on and not any("bleu" in run for run in chosen_on)
     reported = [run for run in runs if run["seed"] != e2e.UNREPORTED]
     for run in (run for run in reported if run["steps"]):
-        others = {other["loss"]: other["lr"] for other in chosen_on if other["method"] == run["method"]}
+        tried = [other for other in chosen_on if other["method"] == run["method"]]
+        others = {other["loss"]: other["lr"] for other in tried}
         assert len(others) >= 3 and run["lr"] == others[min(others)]
     on_test = [run for run in reported if "test_bleu" in run]
     assert {run["method"] for run in on_test if run["steps"]} == {"prefix", "lora"}  # not of length
 
 
 def test_records_held_out_are_never_trained_on(files, base, tmp_path):
-    """The split is by record, so that no sentence of a validation record is among the training data."""
+    """The split is by record: no sentence of a validation record is among the training data."""
     made = made_of(files, base, tmp_path, "--quick")
     assert len(made.references["validation"]) == 10 and len(made.references["train"]) == 10
     assert not set(made.references["validation"]) & set(made.references["train"])
-    assert all(len(sentences) == 2 for part in made.references.values() for sentences in part.values())
+    for part in made.references.values():
+        assert all(len(sentences) == 2 for sentences in part.values())
 
 
 def test_scores_are_sacrebleus_with_all_references(files, base, tmp_path, monkeypatch):
     """Each answer is held against every reference of its record, without the mark of a cut."""
     made = made_of(files, base, tmp_path)
-    references = {"name : A | area : riverside": ["The A is by the river .", "A : riverside ."], "name : B": ["B is a place ."]}
+    references = {"name : A | area : riverside": ["The A is by the river .", "A : riverside ."]}
+    references["name : B"] = ["B is a place ."]
     made.references["test"], made.known = references, {"area : riverside", "name : B"}
     monkeypatch.setattr(e2e, "answers", lambda *_: [" A : riverside .", "B is a place ." + CUT])
     found = made.scores(None, [], "test", "right")
@@ -137,10 +146,12 @@ def test_scores_are_sacrebleus_with_all_references(files, base, tmp_path, monkey
 def test_a_value_is_known_if_a_training_record_has_it(files, base, tmp_path):
     """One that only validation or test records have is new."""
     made = made_of(files, base, tmp_path)
-    trained = {slot for record in made.references["train"] for slot in record.split(" | ")}
-    assert made.known == trained
-    others = {slot for part in ("validation", "test") for record in made.references[part] for slot in record.split(" | ")}
-    assert others - made.known
+    slots = {
+        part: {slot for record in records for slot in record.split(" | ")}
+        for part, records in made.references.items()
+    }
+    assert made.known == slots["train"]
+    assert (slots["validation"] | slots["test"]) - made.known
 
 
 @pytest.mark.parametrize(
@@ -159,7 +170,7 @@ def test_a_value_is_known_if_a_training_record_has_it(files, base, tmp_path):
         ("customer rating : 3 out of 5", "It is rated 1 out of 5 .", [False]),
         ("customer rating : 5 out of 5", "It has a high customer rating .", [True]),
         ("customer rating : low", "It has a high customer rating .", [False]),
-        ("customer rating : low | price : high", "It has a high rating and a low price .", [False, False]),
+        ("customer rating : low | price : high", "A high rating and a low price .", [False, False]),
         ("family friendly : no", "It is not family - friendly .", [True]),
         ("family friendly : no", "It is family - friendly .", [False]),
         ("family friendly : yes", "It is not for children .", [False]),
@@ -169,7 +180,7 @@ def test_a_value_is_known_if_a_training_record_has_it(files, base, tmp_path):
     ],
 )
 def test_a_value_is_stated_if_it_is_that_one(record, text, expected):
-    """Names, foods and places by their words; of price, rating and families the right level, in any words."""
+    """Names, foods, places by their words; of price, rating, families the level, in any words."""
     assert list(e2e.stated(record, text).values()) == expected
 
 

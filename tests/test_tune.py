@@ -419,5 +419,3 @@ def test_a_process_that_dies_ends_the_run_of_all(base, tmp_path):
     os.kill(int(children[1]), signal.SIGKILL)
     assert process.wait(timeout=120) != 0
     assert [name for name in files_in(tmp_path) if not name.endswith(".new")] == [checkpoint]
-
-
