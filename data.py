@@ -19,7 +19,7 @@ from tiktoken import Encoding
 from torch import Tensor
 
 IGNORE = -100  # the target at positions that are not scored; cross_entropy's default
-Messages = list[dict[str, str]]  # a conversation, {"role": …, "content": …} a turn
+Messages = list[dict[str, str]]  # a conversation, {"role": …, "content": …} per turn
 Template = Callable[[Messages], str] | None  # writes a conversation as its model knows it
 
 
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 class Scores(NamedTuple):
     """What an evaluation says of rows."""
 
-    loss: float  # nats a target token
+    loss: float  # nats per target token
     tokens: float  # percentage of the target tokens that are the likeliest there
     exact: list[bool]  # for each row, whether the greedy answer is its target
 
@@ -59,7 +59,8 @@ class Scores(NamedTuple):
 def source_ids(tokenizer: Encoding, given: str | Messages, template: Template = None) -> list[int]:
     """An input -> its ids: a text and a line break, or a conversation as the template writes it.
 
-    They do not depend on the target, so a prompt has the very ids that it had in training.
+    Input and target become ids apart, so a prompt has the very ids that it had in training: in one
+    text, a token might span the border.
     """
     if template is None:
         return tokenizer.encode(given, allowed_special="all") + tokenizer.encode("\n")
@@ -68,7 +69,7 @@ def source_ids(tokenizer: Encoding, given: str | Messages, template: Template = 
 
 
 def encode(tokenizer: Encoding, examples: list[Example], template: Template = None) -> list[Row]:
-    """Examples -> rows. Added tokens in a text become their ids, as in transformers."""
+    """Examples -> rows. Added tokens in a text become their ids, as in HF transformers."""
     rows = []
     for given, target, where in examples:
         if template is None and not isinstance(given, str):

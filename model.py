@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D)
+KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D); of a past, P
 KVCache = list[KV]  # those of all L layers; a batch of 1 is shared by all rows
 
 
@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = q @ k.transpose(2, 3)  # (B, H, T, S)
         weights = (scores + mask).softmax(dim=-1)  # (B, H, T, S): what each query looks at, sum 1
         return weights @ v  # (B, H, T, D)
-    # Else the same in one kernel: it never holds all T · S scores, and is quicker there
+    # With more keys, or on a GPU, one kernel does the same, and sooner
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)  # q is scaled
 
 
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What GPT-2 and its heirs share. A family adds config, wte, add_positions, h and ln_f."""
+    """What GPT-2 and Llama share. Each adds its config, wte, add_positions, h and ln_f."""
 
     name = "an unsaved model"  # what messages call it; load_base puts the directory here
     dtype = property(lambda self: self.wte.weight.dtype)
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
     head = property(lambda self: self.wte.weight)  # (V, C): hidden @ head.T are the logits
 
     def kv_shape(self, n_virtual: int) -> tuple[int, ...]:
-        """-> (P, L, 2, H, D), the shape of P tokens' keys and values. A prefix asks for no more."""
+        """-> (P, L, 2, H, D), of P tokens' keys and values: all that a prefix has to know."""
         c = self.config
         return n_virtual, c.n_layer, 2, c.n_head, c.n_embd // c.n_head
 
@@ -151,22 +151,23 @@ class Decoder(nn.Module):
         is never read, so P + T + max_new_tokens may be block_size + 1. Temperature 0 takes the
         likeliest token. Rows that have emitted stop_token are filled up with it.
         """
-        new, done = idx, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        unread, done = idx, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            hidden, past_kv = self.forward_embeddings(self.wte(new), past_kv)
+            hidden, past_kv = self.forward_embeddings(self.wte(unread), past_kv)
             logits = (hidden[:, -1] @ self.head.T).float()  # (B, V)
             if not logits.isfinite().all():
                 raise ValueError(f"{self.name} overflows in {self.dtype}: give --dtype float32")
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             if temperature > 1e-6:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                shares = (logits / temperature).softmax(dim=-1)
+                unread = torch.multinomial(shares, 1, generator=generator)
             if stop_token is not None:
-                new = new.masked_fill(done, stop_token)
-                done |= new == stop_token
-            idx = torch.cat([idx, new], dim=1)
+                unread = unread.masked_fill(done, stop_token)
+                done |= unread == stop_token
+            idx = torch.cat([idx, unread], dim=1)
             if done.all():
                 break
         return idx
@@ -189,7 +190,7 @@ class GPT(Decoder):
 
 
 def past_length(past_kv: KVCache | None) -> int:
-    """-> P, the positions that a cache takes of those that the model can see."""
+    """-> P, how many positions a cache holds."""
     return past_kv[0][0].size(2) if past_kv else 0
 
 
@@ -202,7 +203,7 @@ def stacked_past_kv(adapters: list[nn.Module], model: Decoder) -> KVCache | None
 
 
 def rows_of(caches: list[KVCache]) -> KVCache:
-    """N caches of batch 1 and one length -> one of batch N: each user a prefix, in one batch."""
+    """N caches of batch 1 and one length -> one of batch N: each row has a prefix of its own."""
     lengths = [past_length(cache) for cache in caches]
     if len(set(lengths)) > 1:
         raise ValueError(f"pasts of {lengths} positions in one batch: give adapters of one length")

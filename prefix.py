@@ -1,8 +1,8 @@
 """Prefix tuning (Li & Liang 2021): learn the keys and values of P virtual tokens, in every layer.
 
-A prefix is a KV cache that you can train. No token produced it, and nothing is computed for it. The
-numbers in the cache are themselves the parameters, P · L·2·C of them (H·D is C in a GPT-2). The
-text stands at positions P … P + T - 1, as it would behind P real tokens.
+A prefix is a KV cache that you can train. No token produced it: the numbers in the cache are
+themselves the parameters, P · L·2·C of them (H·D is C in a GPT-2). The text stands at positions
+P … P + T - 1, as it would behind P real tokens.
 
                   P virtual tokens      T new tokens
                ┌───────────────────┬───────────────────┐
@@ -23,7 +23,7 @@ class Prefix(nn.Module):
     """P virtual tokens as learned keys and values, (P, L, 2, H, D)."""
 
     def __init__(self, kv: Tensor):
-        """(P, L, 2, H, D): token, layer, key or value, head, width -> a prefix that starts so."""
+        """(P, L, 2, H, D): token, layer, key or value, head, width -> a prefix that begins so."""
         super().__init__()
         self.start = nn.Parameter(trainable(kv))
         self.mlp = None
@@ -53,22 +53,24 @@ class Prefix(nn.Module):
 
     @classmethod
     def zero(cls, model: Decoder, P: int) -> "Prefix":
-        """-> P rows of zeros. A zero key still draws attention, so this is not a no-op. Equal rows
-        get equal gradients and stay equal, unless an MLP makes them: P learn no more than one."""
+        """-> P rows of zeros. A zero key still draws attention, so this is not a no-op.
+
+        Equal rows get equal gradients and stay equal: P of them learn no more than one, unless
+        an MLP tells them apart."""
         return cls(torch.zeros(model.kv_shape(P), device=model.device))
 
     def reparametrise(self, mid_dim: int) -> "Prefix":
         """-> self, from now on trained through an MLP: start + MLP(inputs) (Li & Liang §4.3).
 
-        `inputs` (P, H·D) are drawn from N(0, 1). `mlp` is H·D -> mid_dim, a tanh, and mid_dim ->
-        L·2·H·D. Its last layer is zero at first, so a start means the same with and without it.
+        `inputs` (P, H·D), drawn from N(0, 1), are trained too. `mlp` is H·D -> mid_dim, a tanh, and
+        mid_dim -> L·2·H·D. Its last layer is zero at first, so a start means the same without it.
         """
         P, L, _, H, D = self.start.shape
-        factory = {"device": self.start.device, "dtype": self.start.dtype}
+        like = {"device": self.start.device, "dtype": self.start.dtype}
         self.start.requires_grad_(False)
-        self.inputs = nn.Parameter(torch.randn(P, H * D, **factory))
-        first = nn.Linear(H * D, mid_dim, **factory)
-        last = nn.Linear(mid_dim, L * 2 * H * D, **factory)
+        self.inputs = nn.Parameter(torch.randn(P, H * D, **like))
+        first = nn.Linear(H * D, mid_dim, **like)
+        last = nn.Linear(mid_dim, L * 2 * H * D, **like)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.mlp = nn.Sequential(first, nn.Tanh(), last)
@@ -87,7 +89,7 @@ class Prefix(nn.Module):
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), in the model's dtype.
 
-        Behind a `past_kv` of Q positions and B rows, they are (B, H, Q + P, D).
+        Behind the cache of another adapter they hold its positions too, which come first.
         Raises ValueError if the model has other sizes than the prefix.
         """
         shape, needed = tuple(self.start.shape), model.kv_shape(len(self.start))
@@ -95,9 +97,9 @@ class Prefix(nn.Module):
             sizes = f"(P, L, 2, H, D) = {shape}, but {model.name} needs {needed}"
             raise ValueError(f"the prefix has {sizes}: load it onto its own base")
         layers = self.kv().to(model.dtype).movedim(0, 3)  # (L, 2, H, P, D)
-        layers = layers.unsqueeze(2)  # (L, 2, 1, H, P, D): a batch of 1
+        keys, values = layers.unsqueeze(2).unbind(1)  # (L, 1, H, P, D) each: a batch of 1
         pasts = past_kv or [None] * len(layers)
-        return [append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]
+        return [append_past(past, k, v) for past, k, v in zip(pasts, keys, values)]
 
 
 def trainable(start: Tensor) -> Tensor:

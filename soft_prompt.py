@@ -45,13 +45,13 @@ class SoftPrompt(nn.Module):
 
     @classmethod
     def zero(cls, model: Decoder, P: int) -> "SoftPrompt":
-        """-> P vectors of zeros. Their positions tell them apart; a zero prefix has none."""
+        """-> P vectors of zeros. Their positions tell them apart; rows of a prefix have none."""
         return cls(torch.zeros(P, model.config.n_embd, device=model.device))
 
     def past_kv(self, model: Decoder, past_kv: KVCache | None = None) -> KVCache:
         """-> L pairs (k, v) of (1, H, P, D), as the model computes them.
 
-        Behind a `past_kv` of Q positions and B rows, they are (B, H, Q + P, D).
+        Behind the cache of another adapter they hold its positions too, which come first.
         Raises ValueError if the model is of another width.
         """
         C, width = self.vectors.size(1), model.config.n_embd

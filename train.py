@@ -44,7 +44,7 @@ Rows = dict[str, list[Row]]  # by split: train, validation, test
 def target_hidden(model: Decoder, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
     """-> (N, C) hidden states and (N,) ids, at the N positions of the batch that predict a target.
 
-    Only these are projected onto the vocabulary: all positions would be a third of GPT-2's work.
+    Only these are projected onto the vocabulary: at all positions, a third of a GPT-2's work.
     """
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)  # (B, T, C)
     scored = batch.targets != IGNORE
@@ -62,8 +62,8 @@ def loss_of(model: Decoder, batch: Batch, past_kv: KVCache | None, n_targets: in
 def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_size: int) -> Scores:
     """-> how well the targets are predicted.
 
-    Greedy decoding gives a target if and only if, behind each part of the target, the likeliest
-    token is its next one. So one forward pass tells, and nothing need be generated.
+    Greedy decoding gives a target exactly if each of its tokens is the likeliest behind those
+    before it. So one forward pass tells, and nothing need be generated.
     """
     past_kv = stacked_past_kv(adapters, model)
     loss, n_right, n_targets = 0.0, 0, 0
@@ -84,21 +84,21 @@ def evaluate(model: Decoder, adapters: list[nn.Module], rows: list[Row], batch_s
 
 
 class Diverged(ValueError):
-    """The loss is no number any more."""
+    """The loss is not a number any more."""
 
 
 class Plan(NamedTuple):
-    """How a training goes: lengths in optimizer steps, and the rate where the line down begins."""
+    """How a training goes. `steps` and `eval_every` are optimizer steps, batches are rows."""
 
     steps: int
     lr: float
     batch_size: int
     seed: int
     eval_every: int
-    micro_batch: int | None = None  # rows that go through the model at once
+    micro_batch: int | None = None  # rows that go through the model at once, if not all
 
     def rate(self, step: int) -> float:
-        """-> the learning rate of a step, from 1 on: a short warm-up, then a straight line down."""
+        """-> the rate of a step, from 1 on: ten steps up, and a straight line down from `lr`."""
         return self.lr * min(step / 10, (self.steps - step + 1) / self.steps)
 
 
@@ -112,12 +112,12 @@ def tune(
     """
     trainee = nn.ModuleList(adapters or [model])
     optimizer = torch.optim.AdamW(trainee.parameters(), weight_decay=0.0)
-    look = partial(evaluate, model, adapters, rows["validation"], plan.batch_size)
-    metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []
+    size = plan.micro_batch or plan.batch_size
+    look = partial(evaluate, model, adapters, rows["validation"], size)
+    metrics = checkpoint.restore(trainee, optimizer) if checkpoint else []  # none in a new run
     metrics = metrics or [{"step": 0, "lr": plan.lr} | entry_of(look())]
     first = metrics[-1]["step"]
     rank, processes = this_process()
-    size = plan.micro_batch or plan.batch_size
     progress = Progress(first, plan.steps, quiet=checkpoint is None)
     batches = shuffled_batches(rows["train"], plan.batch_size, plan.seed)
     for step, step_rows in enumerate(islice(batches, first, plan.steps), start=first + 1):
@@ -173,13 +173,12 @@ def find_rate(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Command-line arguments -> what was measured. Raises ValueError for what a user got wrong."""
     args = train_flags(__doc__, argv)
-    rank, _ = start_process(args.batch_size)  # what can fail comes before the model, if it can
+    rank, _ = start_process(args.batch_size)  # what can be checked comes before the slow loading
     examples = load_examples(args.task, args.data, args.val_data, args.seed)
     record = settings_of(args, examples)  # becomes training.json
     film = folders_of(args.method, args.out) if args.film else []
     checkpoint = Checkpoint(args.out, record, args.resume, bool(args.patience), film)
     check_folders(args.method, args.out, record)
-
     full = args.method == "full"
     model, tokenizer, template = open_base(args.base, args.chat, args.device, args.dtype, full)
     model.requires_grad_(full)  # the base is frozen, unless it is what we tune
@@ -190,15 +189,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     adapters = begin()
     check_fit(examples, rows, adapters, model)
-    base = {"base": fingerprint(model), "dtype": str(model.dtype)}
-    checkpoint.add_settings(base)
-    record |= sizes_of(model, adapters) | base
-    check_folders(args.method, args.out, record)  # now with the base's fingerprint
+    base_settings = {"base": fingerprint(model), "dtype": str(model.dtype)}
+    checkpoint.add_settings(base_settings)
+    record |= sizes_of(model, adapters) | base_settings
+    check_folders(args.method, args.out, record)  # again, for now it says which base
 
     first = examples["train"][0]
     say(f"task     {args.task}: {first.input!r} -> {first.target!r}")
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
-    frozen = evaluate(model, [], rows["test"], args.batch_size)
+    size = args.micro_batch or args.batch_size
+    frozen = evaluate(model, [], rows["test"], size)
     check_frozen(frozen, model)
     lr = args.lr or RECIPES[args.method].middle
     plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     record |= {"lr_used": plan.lr, "rates": rates}
     save_run(record, metrics, adapters, model)
     checkpoint.end()
-    tuned = evaluate(model, adapters, rows["test"], args.batch_size)
+    tuned = evaluate(model, adapters, rows["test"], size)
     record |= report({"frozen": frozen, "tuned": tuned})
     save_record(record)
     show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned.exact)

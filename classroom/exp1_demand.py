@@ -87,10 +87,10 @@ def examples_of(demand: Demand, split: str, n: int, seed: int) -> list[Example]:
 
 def begin(
     experiment: Experiment, examples: dict[str, list[Example]], method: str, size: int, seed: int,
-    lr: float, steps: int,
+    lr: float, steps: int, base: str | None = None,
 ) -> Run:  # fmt: skip
-    """-> a run on the base of its seed, before its first step."""
-    base = experiment.base(seed)
+    """-> a run on a base, by default that of its seed, before its first step."""
+    base = base or experiment.base(seed)
     return experiment.prepared(examples, method, seed, base, size, lr, steps, BATCH, steps // LOOK)
 
 

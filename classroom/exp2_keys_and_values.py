@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from common import Experiment, Run, attention, how_soon, sooner_first, spread
-from exp1_demand import DEMANDS, examples_of, steps_in_words
+from exp1_demand import DEMANDS, begin, examples_of, steps_in_words
 
 from command.console import run_command
 from data import IGNORE, batch_of
 from prefix import Prefix
 
-P, BATCH, STEPS, LOOK = 8, 8, 1000, 50
+P, STEPS = 8, 1000
 SMOLLM2 = "out/smollm2"  # made by smollm2.py
 KEYS, VALUES = ((slice(None), slice(None), half) for half in (0, 1))  # of (P, L, 2, H, D)
 FROZEN = {"all": slice(0), "values": KEYS, "keys": VALUES, "all but the first token": 0}
@@ -34,12 +34,11 @@ SHARES = (
 )  # fmt: skip
 
 
-def begun(experiment: Experiment, seed: int, lr: float = 0.3, base: Any = None) -> Run:
+def begin_route(experiment: Experiment, seed: int, lr: float = 0.3, base: str | None = None) -> Run:
     """-> a run of route-36, before its first step."""
     demand, sizes = DEMANDS["route-36"], {"train": 1000, "validation": 100, "test": 300}
     examples = {split: examples_of(demand, split, n, seed) for split, n in sizes.items()}
-    own = base or experiment.base(seed), P, lr, STEPS, BATCH, STEPS // LOOK
-    return experiment.prepared(examples, "prefix", seed, *own)
+    return begin(experiment, examples, "prefix", P, seed, lr, STEPS, base)
 
 
 def in_words(runs: list[dict[str, Any]]) -> list[str]:
@@ -85,12 +84,12 @@ def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
 
     def measure(part: str, seed: int, lr: float, most: int) -> dict[str, Any]:
-        run = begun(experiment, seed, lr)
+        run = begin_route(experiment, seed, lr)
         n_trained = freeze(run.adapters[0], part)
         return how_soon(run, most) | {"trained": n_trained} | attention_of(run)
 
     def untrained(start: str, seed: int) -> dict[str, Any]:
-        run = begun(experiment, seed, base=SMOLLM2)
+        run = begin_route(experiment, seed, base=SMOLLM2)
         if start == "noise":
             generator = torch.Generator().manual_seed(seed)
             run = run._replace(adapters=[Prefix.random(run.model, P, generator)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from common import Experiment, Run, how_soon, spread
-from exp2_keys_and_values import STEPS, P, begun, draw_bars, in_words
+from exp2_keys_and_values import STEPS, P, begin_route, draw_bars, in_words
 
 from command.console import run_command
 from command.models import ADAPTERS_OF, new_adapters
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     experiment = Experiment(__file__, __doc__, argv)
 
     def measure(start: str, seed: int, lr: float, most: int) -> dict[str, Any]:
-        return how_soon(started(begun(experiment, seed, lr), start, seed), most)
+        run = begin_route(experiment, seed, lr)
+        return how_soon(started(run, start, seed), most)
 
     rows, bars = [], {}
     for start in experiment.grid(["text", "words", *DEVIATIONS]):

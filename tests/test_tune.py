@@ -90,23 +90,27 @@ def test_training_moves_the_adapters_and_nothing_else(base):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_a_micro_batch_is_exact(model, size, monkeypatch):
-    """Losses are sums over targets, so parts of a batch add up to the gradient of all of it."""
+    """Losses are sums over targets, so parts of a batch add up to the gradient of all of it.
+
+    No more rows go through the model at once, when it is evaluated either.
+    """
     sources = [random_ids(1 + i, seed=i).tolist() for i in range(5)]
     rows = [Row(source, random_ids(6 - len(source)).tolist()) for source in sources]
-    gradients, sizes, loss_of = [], [], train.loss_of
+    gradients, sizes, target_hidden = [], [], train.target_hidden
 
-    def counted(model, batch, *others) -> torch.Tensor:
+    def counted(model, batch, past_kv) -> tuple[torch.Tensor, torch.Tensor]:
         sizes.append(len(batch.idx))
-        return loss_of(model, batch, *others)
+        return target_hidden(model, batch, past_kv)
 
-    monkeypatch.setattr(train, "loss_of", counted)
+    monkeypatch.setattr(train, "target_hidden", counted)
     for micro_batch in (None, size):
         prefix = Prefix.text(model, random_ids(3))
         steps = plan(1, batch_size=5, micro_batch=micro_batch)
         tune(model, [prefix], {"train": rows, "validation": rows}, steps)
         gradients.append(prefix.start.grad)
     assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    assert sizes == [5, *5 // size * [size], *[5 % size] * (5 % size > 0)]
+    parts = [*5 // size * [size], *[5 % size] * (5 % size > 0)]
+    assert sizes == [5, 5, 5, *parts, *parts, *parts]  # a look, a step, a look
 
 
 def test_the_same_seed_gives_the_same_numbers(base, tmp_path):
