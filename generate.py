@@ -27,7 +27,7 @@ from command.examples import check_lengths, read_jsonl
 from command.flags import DEFAULT_BASE, generate_flags
 from command.models import load_adapters, open_base, trained_on
 from command.process import start_process
-from data import encode, source_ids
+from data import Example, Row, encode, source_ids
 from model import Decoder, past_length, stacked_past_kv
 from prefix import Prefix
 from small_base.world import task_examples
@@ -43,9 +43,12 @@ def complete(
     """Prints the completion of each prompt -> the completions."""
     generator = torch.Generator(model.device).manual_seed(args.seed)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "generator": generator}
-    completions = []
+    completions, n_virtual = [], past_length(stacked_past_kv(adapters, model))
     for batch in prompts(args.prompt):
         sources = [source_ids(tokenizer, prompt, template) for prompt in batch]
+        inputs = [Example(text, "", f"input {i}") for i, text in enumerate(batch, start=1)]
+        rows = [Row(source, [tokenizer.eot_token]) for source in sources]
+        check_lengths(inputs, rows, model.config.block_size, n_virtual)
         limit, size = args.max_new_tokens, args.batch_size
         for text in answers(model, adapters, tokenizer, sources, limit, size, **sampling):
             say(text)
@@ -83,6 +86,7 @@ def export(
     model: Decoder, adapters: list[nn.Module], directory: Path, names: list[str], chat: bool
 ) -> dict[str, Any]:
     """Saves whatever has a cache as one prefix: PEFT has no kind for a stack -> what was done."""
+    names = [str(Path(name)) for name in names]  # without a slash at the end
     done = {"method": "export", "adapters": names, "base": model.name, "chat": chat}
     check_place(directory, done)
     write_json(directory / TRAINING, done)
@@ -97,8 +101,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start_process()
     if args.predict:
         check_predictions(args.predict)
-    own_base, own_chat = trained_on(args.adapter[0]) if args.adapter else (None, False)
-    base, chat = args.base or own_base or DEFAULT_BASE, args.chat or own_chat
+    known = [trained_on(name) for name in args.adapter] or [(None, False)]
+    base = args.base or known[0][0] or DEFAULT_BASE
+    chat = args.chat or any(was_chat for _, was_chat in known)
     model, tokenizer, template = open_base(base, chat, args.device, args.dtype)
     adapters = [adapter for name in args.adapter for adapter in load_adapters(name, model)]
     if args.export:

@@ -6,9 +6,9 @@ Its Python becomes cells, one for each thing that is shown after a #>. What is s
 predict it, then run the cell.
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 
@@ -35,5 +35,8 @@ def notebook(page: str) -> str:
 
 
 if __name__ == "__main__":
-    page, to = map(Path, sys.argv[1:])
-    to.write_text(notebook(page.read_text(encoding="utf-8")), encoding="utf-8")
+    parser = argparse.ArgumentParser(description="Makes a notebook of a page.")
+    parser.add_argument("page", type=argparse.FileType(encoding="utf-8"))
+    parser.add_argument("to", type=Path, help="the .ipynb to make")
+    args = parser.parse_args()
+    args.to.write_text(notebook(args.page.read()), encoding="utf-8")

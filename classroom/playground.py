@@ -20,11 +20,11 @@ from torch import Tensor
 from command.console import run_command, say
 from command.examples import read_jsonl
 from command.flags import DEFAULT_BASE
-from command.models import adapter_folders
+from command.models import adapter_folders, training_of
 from model import GPT
 from small_base.world import TASKS, task_examples
 from storage.adapters import load_adapter, stored_rows
-from storage.files import TRAINING, read_json, read_tensors, replace_file
+from storage.files import read_tensors, replace_file
 
 MOST = 20_000_000  # numbers of a base: 53 MB of HTML
 
@@ -49,11 +49,11 @@ def packed_adapter(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, An
 
 def inputs_of(folder: Path, n: int, seed: int) -> list[str]:
     """-> n inputs of the task that an adapter was trained for, if that is known."""
-    found = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
+    found = training_of(folder)
     task = found["task"] if found.get("task") in TASKS else "sentence"
     data = found.get("data")
     examples = read_jsonl(data)[:n] if data else task_examples(task, "test", n, seed)
-    return [example.input for example in examples]
+    return [given for given, *_ in examples if isinstance(given, str)] or [""]  # no dialogues
 
 
 def page_of(base: str | Path, directories: list[str], dtype: torch.dtype = torch.float16) -> str:
@@ -91,7 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", default=DEFAULT_BASE, help="their base (default: out/base)")
     parser.add_argument("--out", type=Path, default=Path("out/playground.html"))
     args = parser.parse_args(argv)
-    replace_file(args.out, page_of(args.base, args.adapter).encode())
+    page = page_of(args.base, args.adapter).encode()
+    if args.out.exists() and args.out.read_bytes()[:200] != page[:200]:
+        raise ValueError(f"{args.out} is no such page, and is not overwritten: name another --out")
+    replace_file(args.out, page)
     say(f"wrote {args.out}: open it in a browser")
 
 

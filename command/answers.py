@@ -65,7 +65,8 @@ def write_predictions(file: Path, examples: list[Example], predictions: list[str
     lines = ""
     for (given, target, _), prediction in zip(examples, predictions):
         row = {"input": given, "target": target, "prediction": prediction.removesuffix(CUT)}
-        lines += json.dumps(row | {"cut": prediction.endswith(CUT)}) + "\n"
+        row["cut"] = prediction.endswith(CUT)
+        lines += json.dumps(row, ensure_ascii=False) + "\n"
     replace_file(file, lines.encode())
 
 

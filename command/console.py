@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ def before_torch(flags: Callable[[str], Any], description: str) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     run_command(lambda: flags(description))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends an import without a traceback
 
 
 def say(text: str, start: str = "", end: str = "\n") -> None:
@@ -33,7 +36,7 @@ def prompts(text: str) -> Iterator[list[str]]:
     if text != "-":
         yield [text]
     elif not sys.stdin.isatty():
-        yield [line for line in re.split(r"\r?\n", sys.stdin.read()) if line]
+        yield [line.rstrip("\r\n") for line in sys.stdin]
     else:
         say("One input a line. Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
         for line in sys.stdin:
@@ -44,6 +47,8 @@ def run_command(command: Callable[[], Any]) -> None:
     """Runs a program. A user's mistake ends in one sentence and status 2, Ctrl-C in status 130."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows another
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
         gc.freeze()  # or Python would look through all of torch's objects once more at its end
@@ -57,6 +62,7 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = "--resume goes on from the last checkpoint, if there is one"
-        print(f"\ninterrupted: {goes_on}", file=sys.stderr)
+        goes_on = ": --resume goes on from the last checkpoint, if there is one"
+        is_training = Path(sys.argv[0]).name == "train.py"
+        print("\ninterrupted" + goes_on * is_training, file=sys.stderr)
         sys.exit(130)

@@ -40,7 +40,7 @@ def hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Ex
     """-> the examples of a random tenth of the inputs, rounded up, and the others."""
     inputs = list(dict.fromkeys(repr(example.input) for example in examples))  # each once
     if len(inputs) == 1:
-        raise ValueError(f"{examples[0].where} has the only input: give more, or --val-data")
+        raise ValueError(f"{examples[0].where} has the only input: give others, or --val-data")
     held_out = set(random.Random(seed).sample(inputs, (len(inputs) + 9) // 10))
     known = [example for example in examples if repr(example.input) not in held_out]
     return [example for example in examples if repr(example.input) in held_out], known
@@ -55,7 +55,7 @@ def check_lengths(examples: list[Example], rows: list[Row], block_size: int, P: 
         where = examples[lengths.index(longest)].where or "an example of the task"
         counts = f"{too_long} of {len(rows)} examples are too long: the longest, {where}, takes"
         room = f"{longest} tokens, and the base reads {block_size}, {P} of them virtual"
-        advice = "lower --n-virtual" if longest < block_size and P else "leave it out"
+        advice = "train with a lower --n-virtual" if longest < block_size and P else "leave it out"
         raise ValueError(f"{counts} {room}: shorten it or {advice}")
 
 
@@ -100,10 +100,10 @@ def parts_of(row: Any, where: str) -> tuple[str | Messages, str, dict[str, Any]]
             return text, target, others
         case {"prompt": str(text), "completion": str(target), **others}:
             return text, target, others
-        case {"instruction": str(text), "input": str(more), "output": str(target), **others}:
-            return f"{text}\n{more}" if more else text, target, others
         case {"instruction": str(text), "output": str(target), **others}:
-            return text, target, others
+            more = others.pop("input", None) or ""
+            if isinstance(more, str):
+                return f"{text}\n{more}" if more else text, target, others
         case {"messages": [*turns, {"role": "assistant", "content": str(target)}], **others}:
             if all(map(is_turn, turns)):
                 alone = [turn["role"] for turn in turns] == ["user"]
@@ -111,7 +111,8 @@ def parts_of(row: Any, where: str) -> tuple[str | Messages, str, dict[str, Any]]
         case {"target": str(target), **others}:
             if not others:  # or an input of another name would be taken for none
                 return "", target, others
-    raise ValueError(f'{where} needs an "input" and "target", or "messages": {row!s:.70}')
+    formats = '"input" and "target", or "messages" that end with the assistant\'s text'
+    raise ValueError(f"{where} needs {formats}: {row!s:.70}")
 
 
 def is_turn(turn: Any) -> bool:

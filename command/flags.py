@@ -56,7 +56,8 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted} from {low} to {high}")
         return value
 
     return parse
@@ -107,8 +108,10 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
         parser.error(f"--n-virtual with --init {args.init}: a trained adapter keeps its length")
     if args.mid_dim and args.method not in ("prefix", "both"):
         parser.error(f"--mid-dim is for a prefix, and --method {args.method} has none")
-    if args.film and args.method == "full":
-        parser.error("--film keeps adapters, and --method full has none")
+    given = args.film or args.n_virtual or args.init_text or args.init != "text"
+    if given and args.method == "full":
+        of_adapters = "--film, --n-virtual, --init and --init-text are for adapters"
+        parser.error(f"{of_adapters}, and --method full has none")
     if args.init in STARTS:
         args.n_virtual = args.n_virtual or recipe.n_virtual
     if Path(args.base) == DEFAULT_BASE:
@@ -141,7 +144,9 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
     add("--seed", type=seed, default=0, help="of sampling, and of a task's examples (default: 0)")
 
     args = parser.parse_args(argv)
-    evaluates = args.data is not None or args.task is not None or args.predict is not None
+    evaluates = args.data is not None or args.task is not None
+    if args.predict is not None and not evaluates:
+        parser.error("--predict writes the answers to --data or a --task: give one")
     if evaluates + (args.prompt is not None) + (args.export is not None) != 1:
         parser.error("give one of --data or --task (evaluate), --prompt (complete) and --export")
     if args.export and not args.adapter:

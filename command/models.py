@@ -103,7 +103,15 @@ def folders_of(method: str, out: Path) -> list[Path]:
 def adapter_folders(directory: str | Path) -> list[Path]:
     """A saved adapter, or the folder of a stack -> the folders of adapters, the foremost first."""
     inner, alone = folders_of("both", Path(directory)), Path(directory) / "adapter_config.json"
-    return inner if all(map(Path.is_dir, inner)) and not alone.exists() else [Path(directory)]
+    if alone.exists() or not all(map(Path.is_dir, inner)):
+        return [Path(directory)]
+    # two that were trained apart lie side by side, too, and are no stack
+    return inner if training_of(inner[0]).get("method", "both") == "both" else [Path(directory)]
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """-> what training.json says of a saved adapter; PEFT's own have none."""
+    return read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
 
 
 def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
@@ -115,9 +123,8 @@ def load_adapters(directory: str | Path, model: Decoder) -> list[nn.Module]:
 def trained_on(directory: str | Path) -> tuple[str | None, bool]:
     """A saved adapter, or the folder of a stack -> its base's name, and whether it was --chat."""
     folder = adapter_folders(directory)[0]
-    config = read_json(folder / "adapter_config.json")
-    record = read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
-    return config.get("base_model_name_or_path"), record.get("chat", False)
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    return base and str(base), training_of(folder).get("chat", False)
 
 
 def check_fit(

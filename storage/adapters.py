@@ -64,8 +64,9 @@ def load_adapter(directory: str | Path, model: Decoder | None = None) -> Prefix 
         raise ValueError(f"{path} has no prompt_embeddings of {sizes}: save it again") from None
     if model and (directory / "base.json").exists():  # PEFT's own have none
         base = read_json(directory / "base.json")
-        known = base.get("fingerprint")
-        if fingerprint(model) != known:
+        known, found = base.get("fingerprint"), fingerprint(model)
+        if found != known:
             was = f"{directory} was trained on {base.get('base')} (fingerprint {known})"
-            raise ValueError(f"{was}, not on {model.name}: give that base, or train again")
+            this = f"not on this {model.name} ({found})"
+            raise ValueError(f"{was}, {this}: give that base, or train again")
     return adapter

@@ -62,7 +62,7 @@ class Checkpoint:
         if self.metrics and not resume:
             stopped = f"{self.file} is of a run stopped after step {self.metrics[-1]['step']}"
             raise ValueError(f"{stopped}: add --resume to go on, or delete it")
-        self.add_settings(settings)
+        self.add_settings(settings | {"film": bool(film) or None})  # older checkpoints have none
 
     def read(self) -> None:
         """Takes what is in the file. Raises ValueError if it is broken, or somebody else's."""
@@ -73,7 +73,7 @@ class Checkpoint:
             self.numbers, self.best = (state["trainee"], state["optimizer"]), state["best"]
         except Exception as error:  # there are many ways to be broken
             broken = f"{self.file} is not a whole checkpoint ({error!r:.100})"
-            raise ValueError(f"{broken}: delete it to start anew") from None
+            raise ValueError(f"{broken}: name another --out, or delete it") from None
 
     def add_settings(self, settings: dict[str, Any]) -> None:
         """Notes what decides how the run goes. Raises ValueError if the stored run differs."""

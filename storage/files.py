@@ -5,6 +5,7 @@ No directory is ever emptied or removed, and no file replaced that another train
 
 import json
 import os
+import re
 import secrets
 import tempfile
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 
 TRAINING = "training.json"  # who trained what lies beside it, for people and for `check_place`
 OURS = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json"]
-OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "metrics.jsonl", TRAINING]
+OURS += ["adapter_config.json", "adapter_model.safetensors", "base.json", "film.safetensors"]
+OURS += ["metrics.jsonl", "curve.png", TRAINING]
+PREDICTION = re.compile(rb'\{"input": .*"target": .*"prediction": .*"cut": (true|false)\}\r?\n')
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
@@ -90,7 +93,7 @@ def check_place(directory: Path, settings: dict[str, Any]) -> None:
     other = difference(before, settings)
     if ours and other:
         what = f"another run: {other}" if before else f"{ours[0]} of unknown training"
-        raise ValueError(f"{directory} holds {what}. It is not overwritten: name another --out")
+        raise ValueError(f"{directory} holds {what}. It is not overwritten: name another place")
 
 
 def check_writable(directory: Path) -> None:
@@ -106,7 +109,7 @@ def check_writable(directory: Path) -> None:
 def check_predictions(file: Path) -> None:
     """Raises ValueError if something else than predictions is there, or no file can be made."""
     content = file.read_bytes() if file.is_file() else b""
-    if file.exists() and b'"prediction": ' not in content:
+    if file.exists() and not PREDICTION.match(content):
         sentence = f"{file} holds no predictions, and is not overwritten"
         raise ValueError(f"{sentence}: name another file for them")
     check_writable(file.parent)

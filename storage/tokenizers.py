@@ -204,7 +204,8 @@ def load_chat_template(name_or_dir: str | Path) -> Callable[[list[dict[str, Any]
     def render(messages: list[dict[str, Any]]) -> str:
         try:
             chat = environment.get_template("chat")
-            return chat.render(messages=messages, add_generation_prompt=True, **tokens)
+            text = chat.render(messages=messages, add_generation_prompt=True, **tokens)
+            return text or raise_exception("it writes nothing")
         except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"the chat template of {directory} fails ({error!r:.200})") from None
 

@@ -356,6 +356,10 @@ def test_bad_chat_templates(places):
     def use(directory: Path) -> None:
         load_chat_template(directory)([{"role": "user", "content": "a"}])
 
+    (places / "newer" / "chat_template.jinja").write_text("")
+    with pytest.raises(ValueError, match="it writes nothing"):
+        use(places / "newer")
+    (places / "newer" / "chat_template.jinja").unlink()
     # jinja2 makes Python of a template, which its sandbox then runs
     check_file(places, "newer/tokenizer_config.json", changed_value, use, 100, inert=False)
     check_file(places, "newer/tokenizer_config.json", damaged, use, 50, inert=False)

@@ -140,6 +140,6 @@ def test_what_is_not_a_whole_checkpoint_gets_one_sentence(file, change):
     broken = change(file.read_bytes())
     assert broken != file.read_bytes()
     file.write_bytes(broken)
-    with pytest.raises(ValueError, match="is not a whole checkpoint .*: delete it to start anew"):
+    with pytest.raises(ValueError, match="is not a whole checkpoint .*: name another --out, or delete it"):
         load(file)
     assert file.read_bytes() == broken

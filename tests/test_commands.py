@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,27 +49,31 @@ def completion(base: str, *flags: object) -> str:
 
 TRAIN = {  # flags of train.py: the sentence that it ends with
     "--task haiku": "--task: invalid choice: 'haiku'",
-    "--n-virtual 0": "--n-virtual: 0 is not a number from 1 to ",
-    "--steps many": "--steps: many is not a number from 1 to ",
+    "--n-virtual 0": "--n-virtual: 0 is not a whole number from 1 to ",
+    "--steps many": "--steps: many is not a whole number from 1 to ",
     "--lr nan": "--lr: nan is not a number from 1e-30 to 1e+38",
-    "--seed -1": "--seed: -1 is not a number from 0 to ",
+    "--seed -1": "--seed: -1 is not a whole number from 0 to ",
     "--task chat --data x.jsonl": "--data: not allowed with argument --task",
     "--task chat --val-data x.jsonl": "--val-data goes with --data",
     "--init zero --init-text x": "--init-text goes with --init text, and is not empty",
     "--init-text=": "--init-text goes with --init text, and is not empty",
     "--init it --n-virtual 3": "--n-virtual with --init it: a trained adapter keeps its length",
     "--method full --mid-dim 4": "--mid-dim is for a prefix, and --method full has none",
-    "--method full --film": "--film keeps adapters, and --method full has none",
+    "--method full --film": "--film, --n-virtual, --init and --init-text are for adapters, and ",
+    "--method full --n-virtual 3": "--film, --n-virtual, --init and --init-text are for adapters",
+    "--method full --init zero": "--film, --n-virtual, --init and --init-text are for adapters",
+    "--method full --init-text x": "--film, --n-virtual, --init and --init-text are for adapters",
     "--method none": "--method: invalid choice: 'none'",
     "--prompt x": "unrecognized arguments: --prompt x: see --help; train.py, generate.py and ",
 }
 GENERATE = {
     "": "give one of --data or --task (evaluate), --prompt (complete) and --export",
     "--prompt x --data y": "give one of --data or --task (evaluate), --prompt (complete) and --e",
-    "--prompt x --predict y": "give one of --data or --task (evaluate), --prompt (complete) and ",
+    "--prompt x --predict y": "--predict writes the answers to --data or a --task: give one",
+    "--predict y": "--predict writes the answers to --data or a --task: give one",
     "--export x": "--export saves an --adapter for PEFT: give one",
     "--prompt x --top-k 3": "--top-k samples, and needs a --temperature above 0",
-    "--prompt x --top-k 0": "--top-k: 0 is not a number from 1 to ",
+    "--prompt x --top-k 0": "--top-k: 0 is not a whole number from 1 to ",
     "--prompt x --temperature -1": "--temperature: -1 is not a number from 0 to ",
 }
 RUNS = {  # found behind the flags: files, the base, and what has to fit together
@@ -323,8 +328,9 @@ def test_sampling_follows_the_seed(base):
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
 def test_prompts_may_come_from_stdin(base, monkeypatch, terminal, newline):
-    """Each line is one, whatever ends it: at once from a pipe, one by one in a dialogue."""
-    lines, batches = ["name : Palace", "I had Thai food", "a"], []
+    """Each line is one, an empty one too, whatever ends it: at once from a pipe, one by one in a
+    dialogue."""
+    lines, batches = ["name : Palace", "", "a"], []
     expected = [completion(base, "--prompt", line) for line in lines]
     stdin = io.StringIO("".join(line + newline for line in lines), newline="")
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -360,6 +366,13 @@ def test_an_adapter_is_evaluated_on_a_file_and_predictions_are_written(base, tmp
     assert "7 predictions in " in capsys.readouterr().out and files_in(tmp_path / "out") == before
     use(base, *flags)  # without --predict it shows three
     assert capsys.readouterr().out.count("\nexpected ") == 3
+
+
+def test_an_input_that_is_too_long_is_named(base, monkeypatch):
+    """Before any is answered."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("short\n" + "long " * 200))
+    with pytest.raises(ValueError, match="1 of 2 examples are too long: the longest, input 2, tak"):
+        use(base, "--prompt", "-")
 
 
 def test_predictions_replace_no_data(base, monkeypatch):
@@ -409,7 +422,9 @@ def test_chat_gives_the_same_ids_in_training_and_use(base, tmp_path, monkeypatch
     use(str(place), "--adapter", tmp_path / "out", "--export", tmp_path / "e")
     generate.main([*common, str(tmp_path / "e")])
     generate.main([*common[:-1], "--base", str(place), "--chat"])
-    assert seen == 3 * [[expected]]
+    run(str(place), *flags[:2], "--steps", "1", "--out", tmp_path / "plain")
+    generate.main([*common, str(tmp_path / "plain"), str(tmp_path / "out")])  # one is enough
+    assert seen == 4 * [[expected]]
 
 
 # ----------------------------------------------------------------------------------- begin and end
@@ -439,11 +454,18 @@ def test_before_torch_threads_are_told_to_sleep_while_they_wait(monkeypatch):
     assert read == ["what it does"] * 2
 
 
-def test_an_interrupted_program_ends_with_status_130_and_one_line(capsys):
+@pytest.mark.parametrize("program", ["train.py", "generate.py"])
+def test_an_interrupted_program_ends_with_status_130_and_one_line(program, monkeypatch, capsys):
+    """Only train.py can go on. While torch is imported, the system ends the program."""
+    monkeypatch.setattr(sys, "argv", [f"some/{program}"])
+    before_torch(lambda description: None, "")
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     with pytest.raises(SystemExit, match="130"):
         run_command(raising(KeyboardInterrupt()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     said = capsys.readouterr()
-    assert said.out == "" and said.err.strip().startswith("interrupted: --resume goes on")
+    assert said.out == "" and said.err.strip().startswith("interrupted")
+    assert ("--resume goes on" in said.err) == (program == "train.py")
 
 
 def test_a_processor_that_emulates_bfloat16_says_what_it_costs(monkeypatch, capsys):
@@ -458,9 +480,9 @@ def test_a_processor_that_emulates_bfloat16_says_what_it_costs(monkeypatch, caps
         assert (sentence in capsys.readouterr().out) == (slow > 1)
 
 
-@pytest.mark.parametrize("flags", ["--task chat", "--data a.jsonl", "--predict b", "--prompt hi"])
+@pytest.mark.parametrize("flags", ["--task chat", "--data a.jsonl", "--prompt hi"])
 def test_one_thing_to_do_is_enough_for_generate(flags):
-    """A task, a file, predictions of the default task, or a prompt: each stands alone."""
+    """A task, a file, or a prompt: each stands alone."""
     name, value = flags.split()
     given = vars(generate_flags("", [name, value]))
     assert str(given[name.removeprefix("--")]) == value

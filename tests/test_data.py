@@ -66,6 +66,7 @@ SYSTEM = {"role": "system", "content": "short"}
         ({"output": "the cat", "input": "Meadow", "instruction": "say"}, "say\nMeadow", "the cat"),
         ({"instruction": "say", "input": "", "output": "the cat"}, "say", "the cat"),
         ({"instruction": "say", "output": "the cat"}, "say", "the cat"),
+        ({"instruction": "say", "input": None, "output": "the cat"}, "say", "the cat"),
         ({"messages": [USER, ANSWER]}, "say", "the cat"),
         ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER], "the cat"),
         ({"messages": [USER, ANSWER, USER, ANSWER | {"content": "b"}]}, [USER, ANSWER, USER], "b"),
@@ -106,25 +107,26 @@ def test_columns_that_are_not_used_are_said_once(tmp_path, capsys):
         ("[" * 100_000, "is not JSON"),
         ('{"target": "\\ud800"}', "is not JSON .*surrogate"),
         (json.dumps({"messages": [USER | {"content": "\ud800"}, ANSWER]}), ".*surrogate"),
-        ("[1]", r"""needs an "input" and "target", or "messages": \[1\]"""),
-        ('{"input": "a"}', """needs an "input" and "target", or "messages": {'input': 'a'}"""),
-        ('{"target": 3}', "needs an .* 3}"),
-        ('{"target": "a", "input": null}', "needs an .* None}"),
-        ('{"prompt": "a", "target": "b"}', "needs an .*'prompt'"),
-        ('{"target": "b", "Input": "c"}', "needs an .*'Input'"),
-        ('{"completion": "b", "id": 1}', "needs an"),
-        ('{"output": "b", "id": 1}', "needs an"),
-        ('{"instruction": 1, "output": "b"}', "needs an"),
-        ('{"messages": "a"}', "needs an"),
-        ('{"messages": ["a", "b"]}', "needs an"),
-        ('{"messages": null}', "needs an"),
-        (json.dumps({"messages": ["say", ANSWER]}), "needs an"),
-        (json.dumps({"messages": [{"role": "user"}, ANSWER]}), "needs an"),
-        (json.dumps({"messages": [USER | {"content": ["say"]}, ANSWER]}), "needs an"),
-        (json.dumps({"messages": [USER | {"role": 1}, ANSWER]}), "needs an"),
-        (json.dumps({"messages": [USER, ANSWER | {"content": None}]}), "needs an"),
-        (json.dumps({"messages": [USER, ANSWER, USER]}), "needs an"),  # nobody answers the last
-        ('{"messages": []}', "needs an"),
+        ("[1]", r"""needs "input" and "target", or "messages" that end with .* text: \[1\]"""),
+        ('{"input": "a"}', """needs "input" and "target", or "messages" that .*: {'input': 'a'}"""),
+        ('{"target": 3}', "needs .* 3}"),
+        ('{"target": "a", "input": null}', "needs .* None}"),
+        ('{"prompt": "a", "target": "b"}', "needs .*'prompt'"),
+        ('{"target": "b", "Input": "c"}', "needs .*'Input'"),
+        ('{"completion": "b", "id": 1}', "needs .input"),
+        ('{"output": "b", "id": 1}', "needs .input"),
+        ('{"instruction": 1, "output": "b"}', "needs .input"),
+        ('{"instruction": "a", "input": 5, "output": "b"}', "needs .input"),
+        ('{"messages": "a"}', "needs .input"),
+        ('{"messages": ["a", "b"]}', "needs .input"),
+        ('{"messages": null}', "needs .input"),
+        (json.dumps({"messages": ["say", ANSWER]}), "needs .input"),
+        (json.dumps({"messages": [{"role": "user"}, ANSWER]}), "needs .input"),
+        (json.dumps({"messages": [USER | {"content": ["say"]}, ANSWER]}), "needs .input"),
+        (json.dumps({"messages": [USER | {"role": 1}, ANSWER]}), "needs .input"),
+        (json.dumps({"messages": [USER, ANSWER | {"content": None}]}), "needs .input"),
+        (json.dumps({"messages": [USER, ANSWER, USER]}), "needs .input"),  # nobody answers the last
+        ('{"messages": []}', "needs .input"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -232,7 +234,7 @@ def test_equal_inputs_stay_on_one_side(inputs):
 @pytest.mark.parametrize("n", [1, 30])
 def test_one_input_cannot_be_split(n):
     """Its examples would be on both sides."""
-    with pytest.raises(ValueError, match="^line 7 has the only input: give more, or --val-data$"):
+    with pytest.raises(ValueError, match="^line 7 has the only input: give others, or --val-data$"):
         hold_out([Example("q", str(i), f"line {7 + i}") for i in range(n)], seed=3)
 
 
@@ -356,8 +358,8 @@ def test_rows_that_do_not_fit_are_counted_and_the_longest_is_named(tokenizer, tm
 @pytest.mark.parametrize(
     "block_size, n_virtual, advice",
     [
-        (20, 11, "shorten it or lower --n-virtual"),
-        (11, 2, "shorten it or lower --n-virtual"),
+        (20, 11, "shorten it or train with a lower --n-virtual"),
+        (11, 2, "shorten it or train with a lower --n-virtual"),
         (10, 1, "shorten it or leave it out"),  # an adapter has one at least
         (9, 5, "shorten it or leave it out"),
         (9, 0, "shorten it or leave it out"),

@@ -466,3 +466,6 @@ def test_command(world: World, tmp_path: Path):
     """The command writes one file, in float16."""
     main([*world.adapters, "--base", str(world.base), "--out", str(tmp_path / "page.html")])
     assert '"bits": 16' in (tmp_path / "page.html").read_text()
+    (tmp_path / "mine.py").write_text("mine")
+    with pytest.raises(ValueError, match="mine.py is no such page, and is not overwritten"):
+        main([*world.adapters, "--base", str(world.base), "--out", str(tmp_path / "mine.py")])

@@ -93,6 +93,7 @@ REFUSED = {  # flags behind those of the interrupted run: the sentence
     "--resume --seed 1": "is of another run: seed 0, not 1",
     "--resume --method full": "is of another run: method prefix, not full",
     "--resume --chat": "is of another run: chat False, not True",
+    "--resume --film": "is of another run: film None, not True",
     "--resume --data changed/forty.jsonl": "is of another run: it was trained on other examples",
 }
 

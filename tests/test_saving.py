@@ -137,7 +137,7 @@ def test_nothing_trained_is_replaced_by_a_run_with_other_settings(base, tmp_path
     before = files_in(tmp_path)
     monkeypatch.setattr(train, "open_base", None)
     for more, sentence in OTHERS.items():
-        sentence = f"out holds {sentence}. It is not overwritten: name another --out"
+        sentence = f"out holds {sentence}. It is not overwritten: name another place"
         with pytest.raises(ValueError, match=re.escape(sentence)):
             run(base, *flags, *more.split())
     assert files_in(tmp_path) == before
@@ -176,10 +176,14 @@ def test_a_base_is_never_overwritten(base, tmp_path):
 
 
 def test_a_stack_is_not_saved_over_single_adapters(base, tmp_path):
-    """--method both saves to two folders, which out/TASK has for each method alone."""
-    run(base, "--steps", "1", "--method", "soft_prompt", "--out", tmp_path / "soft_prompt")
-    with pytest.raises(ValueError, match="holds another run: method soft_prompt, not both"):
+    """--method both saves to two folders, which out/TASK has for each method alone. Nor are two
+    adapters taken for a stack that were trained apart."""
+    for method in ("prefix", "soft_prompt"):
+        run(base, "--steps", "1", "--method", method, "--out", tmp_path / method)
+    with pytest.raises(ValueError, match="holds another run: method prefix, not both"):
         run(base, "--steps", "1", "--method", "both", "--out", tmp_path)
+    with pytest.raises(ValueError, match="is not the directory that was meant"):
+        load_adapters(tmp_path, load_base(base))
 
 
 def test_an_adapter_without_training_json_is_used_but_not_replaced(base, tmp_path):
@@ -190,6 +194,13 @@ def test_an_adapter_without_training_json_is_used_but_not_replaced(base, tmp_pat
     (tmp_path / "training.json").unlink()
     assert generate.main(argv) == before
     with pytest.raises(ValueError, match="holds adapter_config.json of unknown training"):
+        run(base, "--steps", "1", "--out", tmp_path)
+
+
+def test_a_picture_of_the_users_is_not_replaced(base, tmp_path):
+    """Though a run draws one of that name."""
+    (tmp_path / "curve.png").write_text("mine")
+    with pytest.raises(ValueError, match="holds curve.png of unknown training"):
         run(base, "--steps", "1", "--out", tmp_path)
 
 

@@ -297,7 +297,7 @@ def test_a_base_is_never_overwritten(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("trained for hours")
     monkeypatch.setattr(pretraining, "train_bpe", None)  # whatever starts, fails
     said = {"config.json": "holds a model, which is not overwritten", TRAINING: "is not JSON"}
-    unknown = f"holds {name} of unknown training. It is not overwritten: name another --out"
+    unknown = f"holds {name} of unknown training. It is not overwritten: name another place"
     with pytest.raises(ValueError, match=said.get(name, unknown)):
         small(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]

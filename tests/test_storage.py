@@ -229,15 +229,16 @@ def test_only_predictions_are_replaced_by_predictions(tmp_path):
     line = {"input": "a", "target": "b"}
     (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "empty").write_text("")
-    for file in (tmp_path / "data.jsonl", tmp_path / "empty", tmp_path, Path(os.devnull)):
+    (tmp_path / "own.jsonl").write_text(json.dumps(line | {"prediction": "by hand"}) + "\n")
+    for file in (tmp_path / "data.jsonl", tmp_path / "own.jsonl", tmp_path / "empty", tmp_path, Path(os.devnull)):
         with pytest.raises(ValueError, match="holds no predictions, and is not overwritten: name"):
             check_predictions(file)
-    (tmp_path / "p.jsonl").write_text(json.dumps(line | {"prediction": "c"}) + "\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps(line | {"prediction": "c", "cut": False}) + "\n")
     check_predictions(tmp_path / "p.jsonl")
     check_predictions(tmp_path / "new" / "p.jsonl")
     with pytest.raises(ValueError, match="cannot be written to"):
         check_predictions(tmp_path / "empty" / "p.jsonl")
-    assert names(tmp_path) == {"data.jsonl", "empty", "p.jsonl", "new"}
+    assert names(tmp_path) == {"data.jsonl", "own.jsonl", "empty", "p.jsonl", "new"}
     assert not names(tmp_path / "new")
 
 
