@@ -229,6 +229,28 @@ def test_a_rate_is_rounded_once():
     assert tried == [0.0005, 0.0015, 0.0045, 0.00017, 5.6e-05, 1.9e-05, 6.2e-06]
 
 
+def test_the_soonest_rate_is_taken_and_where_none_is_done_the_lowest_loss(base, tmp_path):
+    """A rate gets no longer than the soonest before it. An edge that is better by more than a
+    hundredth is not the end of the search."""
+    argv = ["--base", base, "--device", "cpu", "--seeds", "2", "--out", str(tmp_path)]
+    experiment = common.Experiment("exp1_demand", "How soon?", argv)
+    tried = []
+
+    def measure(cell: str, seed: int, lr: float, most: int) -> dict:
+        steps = {0.1: 100, 0.3: 300}.get(lr, 900) if cell == "learned" else 10**6
+        tried.append((seed, lr, most))
+        loss = {0.1: 0.51, 0.3: 0.52, 0.9: 0.53, 0.033: 0.5}.get(lr, 0.54)
+        return {"steps": min(steps, most), "solved": steps <= most, "loss": loss}
+
+    experiment.soonest({"cell": "learned"}, measure, 0.3, 1000, 400)
+    assert tried[:4] == [(100, 0.1, 400), (100, 0.3, 100), (100, 0.9, 100), (100, 0.033, 100)]
+    assert [run for run in tried if run[0] < 2] == [(seed, 0.1, 1000) for seed in (0, 1)]
+    tried.clear()
+    experiment.soonest({"cell": "never"}, measure, 0.3, 1000, 400)
+    assert [lr for seed, lr, _ in tried if seed == 100] == [0.1, 0.3, 0.9, 0.033, 0.011]
+    assert tried[-2:] == [(0, 0.033, 1000), (1, 0.033, 1000)]
+
+
 def test_a_run_ends_when_all_is_right(model):
     """A look at validation data that finds every answer exact ends a training, and is its last."""
     prefix = Prefix.random(model, 2)
