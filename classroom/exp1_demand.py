@@ -118,7 +118,7 @@ def cell_in_words(runs: list[dict[str, Any]]) -> str:
 
 
 def draw_grid(cells: Cells, axes: Any) -> None:
-    """A cell says how many runs were done, and when; the sooner, the lighter."""
+    """A cell says how many runs were done, and when, or how much is right; the sooner, the lighter."""
     axis = axes[0][0]
     columns = list(dict.fromkeys(column for column, *_ in cells))
     labels = list(dict.fromkeys(label(*row) for _, *row in cells))
@@ -128,8 +128,11 @@ def draw_grid(cells: Cells, axes: Any) -> None:
         steps = statistics.median(run["steps"] if run["solved"] else STEPS for run in runs)
         colours[y][x] = -math.log(steps)
         solved = sum(run["solved"] for run in runs)
-        text = f"{solved} of {len(runs)}\n{steps_in_words(sooner_first(runs)[len(runs) // 2])}"
-        ink = "white" if steps > 3000 else "black"
+        middle = sooner_first(runs)[len(runs) // 2]
+        right = f"{statistics.mean(run['test'] for run in runs):.0f} % right"
+        when = steps_in_words(middle) if middle["solved"] else right
+        text = f"{solved} of {len(runs)}\n{when}"
+        ink = "white" if steps > 2000 else "black"
         axis.text(x, y, text, ha="center", va="center", fontsize=13, color=ink)
     axis.imshow(colours, cmap="viridis", aspect="auto", vmin=-math.log(STEPS), vmax=-math.log(LOOK))
     names = [column.replace("-", " ") for column in columns]
