@@ -158,7 +158,8 @@ def sizes_of(model: Decoder, adapters: list[nn.Module]) -> dict[str, Any]:
 
 def check_folders(method: str, out: Path, record: dict[str, Any]) -> None:
     """Raises ValueError if a run's folders hold another run, or cannot be written to."""
-    for folder in {out, *folders_of(method, out)}:  # a stack does not move in with an adapter
+    # of a stack, also the folder around it: it does not move in with an adapter
+    for folder in dict.fromkeys([out, *folders_of(method, out)]):
         check_place(folder, record)
 
 
