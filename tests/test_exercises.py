@@ -116,7 +116,7 @@ SHIFTED = """
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)
     scored = batch.targets[:, 1:] != IGNORE
     return hidden[:, :-1][scored], batch.targets[:, 1:][scored]"""
-PER_LAYER = "[append_past(past, k, v) for past, (k, v) in zip(pasts, layers)]"
+PER_LAYER = "[append_past(past, k, v) for past, k, v in zip(pasts, keys, values)]"
 
 # What students are likely to hand in. A sentence that they are shown, then the right solution with
 # a part of it replaced, or a body of its own.
@@ -162,19 +162,19 @@ MISTAKES = {
         ("swap H and T back", ".transpose(1, 2).flatten(2)", ".reshape(x.shape)"),
     ],
     4: [
-        ("is there no cache?", "past_kv = self.forward_embeddings(self.wte(new)",
+        ("is there no cache?", "past_kv = self.forward_embeddings(self.wte(unread)",
          "_ = self.forward_embeddings(self.wte(idx)"),
         ("do you take over the cache", "hidden, past_kv = self.forward",
          "hidden, _ = self.forward"),
-        ("read only what is new", "self.wte(new)", "self.wte(idx)"),
+        ("read only what is new", "self.wte(unread)", "self.wte(idx)"),
         ("use the last position", "(hidden[:, -1] @", "(hidden[:, 0] @"),
-        ("self.wte of ids", "self.wte(new)", "new"),
+        ("self.wte of ids", "self.wte(unread)", "unread"),
         ("The temperature is not used", "if temperature > 1e-6:", "if False:"),
         ("not multiplied", "logits / temperature", "logits * temperature"),
         ("top_k is not used", "if top_k is not None:", "if False:"),
         ("not until one is", "if done.all():", "if done.any():"),
-        ("once done, it stays done", "new.masked_fill(done, stop_token)", "new"),
-        ("past_kv is not used", "new, done = idx,", "past_kv, new, done = None, idx,"),
+        ("once done, it stays done", "unread.masked_fill(done, stop_token)", "unread"),
+        ("past_kv is not used", "unread, done = idx,", "past_kv, unread, done = None, idx,"),
     ],
     5: [
         ("joined along the batch", "torch.cat(tensors)", "torch.cat(tensors, dim=2)"),
@@ -192,7 +192,7 @@ MISTAKES = {
         ("the prefix behind it", "append_past(past, k, v)",
          "append_past((k, v), *past) if past else (k, v)"),
         ("are (1, H, P, D)", "layers.unsqueeze(2)", "layers"),
-        ("not the two lists", PER_LAYER, "(past_kv or []) + [(k, v) for k, v in layers]"),
+        ("not the two lists", PER_LAYER, "(past_kv or []) + list(zip(keys, values))"),
         ("The past in front is lost", "append_past(past, k, v)", "(k, v)"),
         ("No gradient reaches the prefix", "self.kv()", "self.kv().detach()"),
         ("has the dtype of the model", ".to(model.dtype)", ""),
@@ -208,10 +208,10 @@ MISTAKES = {
     8: [
         ("zero weight and bias", "nn.init.zeros_(last.weight)", "pass"),
         ("The start is held fixed", "self.start.requires_grad_(False)", "pass"),
-        ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **factory))",
-         "torch.randn(P, H * D, **factory)"),
+        ("make them an nn.Parameter", "nn.Parameter(torch.randn(P, H * D, **like))",
+         "torch.randn(P, H * D, **like)"),
         ("is the return missing?", "return self", "return None"),
-        ("to L·2·C", "L * 2 * H * D, **factory", "L * H * D, **factory"),
+        ("to L·2·C", "L * 2 * H * D, **like", "L * H * D, **like"),
         ("The start stays", "self.start.requires_grad_(False)",
          "self.start = nn.Parameter(0 * self.start, False)"),
         ("a tanh", "nn.Tanh()", "nn.ReLU()"),
