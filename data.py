@@ -59,8 +59,8 @@ class Scores(NamedTuple):
 def source_ids(tokenizer: Encoding, given: str | Messages, template: Template = None) -> list[int]:
     """An input -> its ids: a text and a line break, or a conversation as the template writes it.
 
-    Input and target become ids apart, so a prompt has the very ids that it had in training: in one
-    text, a token might span the border.
+    It is encoded without the target, so a prompt has the very ids that it had in training. In one
+    text with the target, a token might span the border.
     """
     if template is None:
         return tokenizer.encode(given, allowed_special="all") + tokenizer.encode("\n")

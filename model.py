@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D); of a past, P
+KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D); a past has P
 KVCache = list[KV]  # those of all L layers; a batch of 1 is shared by all rows
 
 
@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = q @ k.transpose(2, 3)  # (B, H, T, S)
         weights = (scores + mask).softmax(dim=-1)  # (B, H, T, S): what each query looks at, sum 1
         return weights @ v  # (B, H, T, D)
-    # With more keys, or on a GPU, one kernel does the same, and sooner
+    # With more keys, or on a GPU, one kernel does the same faster
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)  # q is scaled
 
 
@@ -162,8 +162,8 @@ class Decoder(nn.Module):
                 logits = logits.masked_fill(logits < kth, -math.inf)
             unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             if temperature > 1e-6:
-                shares = (logits / temperature).softmax(dim=-1)
-                unread = torch.multinomial(shares, 1, generator=generator)
+                probabilities = (logits / temperature).softmax(dim=-1)
+                unread = torch.multinomial(probabilities, 1, generator=generator)
             if stop_token is not None:
                 unread = unread.masked_fill(done, stop_token)
                 done |= unread == stop_token

@@ -23,7 +23,7 @@ class Prefix(nn.Module):
     """P virtual tokens as learned keys and values, (P, L, 2, H, D)."""
 
     def __init__(self, kv: Tensor):
-        """(P, L, 2, H, D): token, layer, key or value, head, width -> a prefix that begins so."""
+        """(P, L, 2, H, D): token, layer, key/value, head, width -> a prefix that starts there."""
         super().__init__()
         self.start = nn.Parameter(trainable(kv))
         self.mlp = None
@@ -55,8 +55,8 @@ class Prefix(nn.Module):
     def zero(cls, model: Decoder, P: int) -> "Prefix":
         """-> P rows of zeros. A zero key still draws attention, so this is not a no-op.
 
-        Equal rows get equal gradients and stay equal: P of them learn no more than one, unless
-        an MLP tells them apart."""
+        Equal rows get equal gradients and stay equal, as one, unless an MLP tells them apart.
+        """
         return cls(torch.zeros(model.kv_shape(P), device=model.device))
 
     def reparametrise(self, mid_dim: int) -> "Prefix":

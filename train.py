@@ -44,7 +44,7 @@ Rows = dict[str, list[Row]]  # by split: train, validation, test
 def target_hidden(model: Decoder, batch: Batch, past_kv: KVCache | None) -> tuple[Tensor, Tensor]:
     """-> (N, C) hidden states and (N,) ids, at the N positions of the batch that predict a target.
 
-    Only these are projected onto the vocabulary: at all positions, a third of a GPT-2's work.
+    Only these are projected onto the vocabulary: to project all would be a third of GPT-2's work.
     """
     hidden, _ = model.forward_embeddings(model.wte(batch.idx), past_kv)  # (B, T, C)
     scored = batch.targets != IGNORE
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     base_settings = {"base": fingerprint(model), "dtype": str(model.dtype)}
     checkpoint.add_settings(base_settings)
     record |= sizes_of(model, adapters) | base_settings
-    check_folders(args.method, args.out, record)  # again, for now it says which base
+    check_folders(args.method, args.out, record)  # again: now it names the base
 
     first = examples["train"][0]
     say(f"task     {args.task}: {first.input!r} -> {first.target!r}")

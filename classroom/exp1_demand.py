@@ -118,7 +118,7 @@ def cell_in_words(runs: list[dict[str, Any]]) -> str:
 
 
 def draw_grid(cells: Cells, axes: Any) -> None:
-    """A cell says how many runs were done, and when, or how much is right; the sooner, the lighter."""
+    """A cell says how many runs were done, and when, or how much is right. Lighter is sooner."""
     axis = axes[0][0]
     columns = list(dict.fromkeys(column for column, *_ in cells))
     labels = list(dict.fromkeys(label(*row) for _, *row in cells))

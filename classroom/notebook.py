@@ -36,7 +36,11 @@ def notebook(page: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Makes a notebook of a page.")
-    parser.add_argument("page", type=argparse.FileType(encoding="utf-8"))
+    parser.add_argument("page", type=Path)
     parser.add_argument("to", type=Path, help="the .ipynb to make")
     args = parser.parse_args()
-    args.to.write_text(notebook(args.page.read()), encoding="utf-8")
+    try:
+        text = notebook(args.page.read_text(encoding="utf-8"))
+        args.to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        parser.error(str(error))

@@ -35,12 +35,13 @@ def prompts(text: str) -> Iterator[list[str]]:
     line is a batch of its own, so that it is answered at once."""
     if text != "-":
         yield [text]
-    elif not sys.stdin.isatty():
-        yield [line.rstrip("\r\n") for line in sys.stdin]
+        return
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    if not sys.stdin.isatty():
+        yield list(lines)
     else:
         say("One input a line. Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
-        for line in sys.stdin:
-            yield [line.rstrip("\r\n")]
+        yield from ([line] for line in lines)
 
 
 def run_command(command: Callable[[], Any]) -> None:

@@ -108,10 +108,10 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
         parser.error(f"--n-virtual with --init {args.init}: a trained adapter keeps its length")
     if args.mid_dim and args.method not in ("prefix", "both"):
         parser.error(f"--mid-dim is for a prefix, and --method {args.method} has none")
-    given = args.film or args.n_virtual or args.init_text or args.init != "text"
-    if given and args.method == "full":
-        of_adapters = "--film, --n-virtual, --init and --init-text are for adapters"
-        parser.error(f"{of_adapters}, and --method full has none")
+    for_adapters = args.film or args.n_virtual or args.init_text or args.init != "text"
+    if for_adapters and args.method == "full":
+        names = "--film, --n-virtual, --init and --init-text"
+        parser.error(f"{names} are for adapters, and --method full has none")
     if args.init in STARTS:
         args.n_virtual = args.n_virtual or recipe.n_virtual
     if Path(args.base) == DEFAULT_BASE:

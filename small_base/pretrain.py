@@ -157,9 +157,9 @@ def orthogonal(x: Tensor) -> Tensor:
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.mT  # (N, rows, rows): the wide matrix is multiplied here and at the end only
+    gram = x @ x.mT  # (N, rows, rows): x itself, which is wide, is multiplied here and at the end
     product = identity = torch.eye(x.size(1), device=x.device)
-    for _ in range(5):  # Newton and Schulz's iteration, with Jordan's coefficients
+    for _ in range(5):  # Newton and Schulz's iteration, x = factor @ x, with Jordan's coefficients
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         gram, product = factor @ gram @ factor, factor @ product
     return product @ x

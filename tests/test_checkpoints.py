@@ -140,6 +140,7 @@ def test_what_is_not_a_whole_checkpoint_gets_one_sentence(file, change):
     broken = change(file.read_bytes())
     assert broken != file.read_bytes()
     file.write_bytes(broken)
-    with pytest.raises(ValueError, match="is not a whole checkpoint .*: name another --out, or delete it"):
+    sentence = "is not a whole checkpoint .*: name another --out, or delete it"
+    with pytest.raises(ValueError, match=sentence):
         load(file)
     assert file.read_bytes() == broken

@@ -340,7 +340,7 @@ def claims_of_the_findings() -> dict[str, bool]:
         "LoRA learned it on every base": max(solved("xor-36", *LORA)) < NEVER,
         "and so did full fine-tuning": max(solved("xor-36", *FULL)) < NEVER,
         "A prefix of 8 did on two bases": solved("xor-36", *PREFIX) == [3450, 4400, NEVER],
-        "a prefix learned on two bases and a soft prompt on none": [
+        "a prefix learned it on two bases and a soft prompt on none": [
             sum(steps < NEVER for cell in cells for steps in solved("xor-36", *cell))
             for cells in ((PREFIX,), (SOFT_PROMPT, SHORT))
         ] == [2, 0],

@@ -145,7 +145,7 @@ def test_noise_never_speaks_for_a_method(apart):
     assert "is full fine-tuning" in sentence
 
 
-# scripts
+# ------------------------------------------------------------------------------------------ scripts
 
 
 def test_a_comparison_goes_on_where_it_was_interrupted(flags, monkeypatch, capsys):

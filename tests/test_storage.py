@@ -230,7 +230,8 @@ def test_only_predictions_are_replaced_by_predictions(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "empty").write_text("")
     (tmp_path / "own.jsonl").write_text(json.dumps(line | {"prediction": "by hand"}) + "\n")
-    for file in (tmp_path / "data.jsonl", tmp_path / "own.jsonl", tmp_path / "empty", tmp_path, Path(os.devnull)):
+    others = [tmp_path / name for name in ("data.jsonl", "own.jsonl", "empty", ".")]
+    for file in (*others, Path(os.devnull)):
         with pytest.raises(ValueError, match="holds no predictions, and is not overwritten: name"):
             check_predictions(file)
     (tmp_path / "p.jsonl").write_text(json.dumps(line | {"prediction": "c", "cut": False}) + "\n")
