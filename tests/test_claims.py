@@ -6,7 +6,7 @@ Digits are looked up in the stored tables. Words that compare, such as «alone»
 
 import json
 import re
-from functools import partial
+from functools import cache, partial
 from operator import lt as less
 from pathlib import Path
 from statistics import mean
@@ -22,6 +22,7 @@ NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
 NEVER = float("inf")
 
 
+@cache  # the claims read each file some hundred times
 def stored(name: str, folder: Path = RESULTS) -> dict:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
