@@ -29,7 +29,7 @@ from command.answers import check_frozen, report, show_examples
 from command.console import run_command, say
 from command.examples import load_examples
 from command.flags import RECIPES, train_flags
-from command.models import ADAPTERS_OF, check_fit, check_folders, folders_of, new_adapters
+from command.models import ADAPTERS_OF, check_fit, check_folders, new_adapters
 from command.models import open_base, save_record, save_run, settings_of, sizes_of
 from command.process import Progress, start_process, sum_over_processes, this_process
 from command.rates import search_rate
@@ -143,6 +143,8 @@ def tune(
         metrics.append(entry)
         losses = entry["loss"] + entry.get("validation", 0.0)
         if not math.isfinite(losses):
+            if checkpoint:
+                checkpoint.end()  # a resumed run would only come here again
             raise Diverged(f"the loss became {losses} with --lr {plan.lr:g}: lower it")
         if is_look and checkpoint and rank == 0:
             checkpoint.save(trainee, optimizer, metrics)
@@ -176,8 +178,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rank, _ = start_process(args.batch_size)  # what can be checked comes before the slow loading
     examples = load_examples(args.task, args.data, args.val_data, args.seed)
     record = settings_of(args, examples)  # becomes training.json
-    film = folders_of(args.method, args.out) if args.film else []
-    checkpoint = Checkpoint(args.out, record, args.resume, bool(args.patience), film)
+    checkpoint = Checkpoint(args.out, record, args.resume, bool(args.patience), args.film)
     check_folders(args.method, args.out, record)
     full = args.method == "full"
     model, tokenizer, template = open_base(args.base, args.chat, args.device, args.dtype, full)
@@ -197,8 +198,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     first = examples["train"][0]
     say(f"task     {args.task}: {first.input!r} -> {first.target!r}")
     say("method   {method}: trains {n_trainable:,} numbers, stores {n_stored:,}".format(**record))
-    size = args.micro_batch or args.batch_size
-    frozen = evaluate(model, [], rows["test"], size)
+    frozen = evaluate(model, [], rows["test"], args.micro_batch)
     check_frozen(frozen, model)
     lr = args.lr or RECIPES[args.method].middle
     plan = Plan(args.steps, lr, args.batch_size, args.seed, args.eval_every, args.micro_batch)
@@ -217,9 +217,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     checkpoint.restore_best(nn.ModuleList(adapters or [model]))
     record |= {"data": args.data, "base_name": model.name, "out": str(args.out)}
     record |= {"lr_used": plan.lr, "rates": rates}
-    save_run(record, metrics, adapters, model)
+    save_run(record, metrics, adapters, model, checkpoint.film)
     checkpoint.end()
-    tuned = evaluate(model, adapters, rows["test"], size)
+    tuned = evaluate(model, adapters, rows["test"], args.micro_batch)
     record |= report({"frozen": frozen, "tuned": tuned})
     save_record(record)
     show_examples(model, adapters, tokenizer, examples["test"], rows["test"], tuned.exact)

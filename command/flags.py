@@ -116,6 +116,7 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
         args.n_virtual = args.n_virtual or recipe.n_virtual
     if Path(args.base) == DEFAULT_BASE:
         args.lr = args.lr or recipe.lr
+    args.micro_batch = args.micro_batch or args.batch_size
     args.eval_every = args.eval_every or math.ceil(args.steps / 10)
     args.task = Path(args.data).stem if args.data else args.task or "sentence"
     args.out = args.out or Path("out", args.task, args.method)

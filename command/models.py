@@ -25,7 +25,9 @@ from soft_prompt import SoftPrompt
 from storage.adapters import load_adapter, save_adapter, stored_rows
 from storage.base import load_base, save_base
 from storage.checkpoints import Metrics, curve_of
-from storage.files import TRAINING, check_place, read_json, replace_file, write_json
+from storage.files import (
+    TRAINING, check_place, read_json, replace_file, write_json, write_tensors,
+)  # fmt: skip
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
 
@@ -164,9 +166,10 @@ def check_folders(method: str, out: Path, record: dict[str, Any]) -> None:
 
 
 def save_run(
-    record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module], model: Decoder
-) -> None:
-    """Saves the adapters, or the tuned model, with the metrics and the record of the training."""
+    record: dict[str, Any], metrics: Metrics, adapters: list[nn.Module], model: Decoder,
+    film: dict[str, list[torch.Tensor]],
+) -> None:  # fmt: skip
+    """Saves the adapters and their film, or the tuned model, with how it was trained."""
     out = Path(record["out"])
     record["curve"] = curve_of(metrics)
     save_record(record)
@@ -176,6 +179,9 @@ def save_run(
         else:
             copy_tokenizer(model.name, folder)
             save_base(model, folder, read_json(base_directory(model.name) / "config.json"))
+    for i, folder in enumerate(folders_of(record["method"], out) if film else []):
+        frames = {step: rows[i] for step, rows in film.items()}
+        write_tensors(folder / "film.safetensors", frames)
     lines = "".join(f"{json.dumps(entry)}\n" for entry in metrics)
     replace_file(out / "metrics.jsonl", lines.encode())
     draw_curve(out / "curve.png", metrics)

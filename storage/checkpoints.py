@@ -5,7 +5,6 @@ The order of the examples needs no random state: it follows from the seed and th
 
 import copy
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn, optim
 
 from data import Scores
 from storage.adapters import stored_rows
-from storage.files import difference, read_tensors, replace_file, write_tensors
+from storage.files import difference, replace_file
 
 Metrics = list[dict[str, Any]]  # one entry a step; step 0 and each look also have "validation"
 
@@ -42,14 +41,12 @@ class Checkpoint:
 
     def __init__(
         self, directory: Path, settings: dict[str, Any], resume: bool, keep_best: bool,
-        film: Sequence[Path] = (),
+        keep_film: bool = False,
     ):  # fmt: skip
-        """Raises ValueError if one is there that is not to be resumed, or none that is.
-
-        With a film, each adapter's numbers are kept, look by look, in the folder it names.
-        """
-        self.file, self.film = directory / "checkpoint.pt", film
+        """Raises ValueError if one is there that is not to be resumed, or none that is."""
+        self.file = directory / "checkpoint.pt"
         self.keep_best, self.best = keep_best, None  # the weights of the best look
+        self.keep_film, self.film = keep_film, {}  # by look, what is stored of each adapter
         self.numbers = {}, {}  # what is stored of the trainee and the optimizer
         self.metrics: Metrics = []
         self.stored: dict[str, Any] = {}  # the settings of the run that lies there
@@ -62,7 +59,7 @@ class Checkpoint:
         if self.metrics and not resume:
             stopped = f"{self.file} is of a run stopped after step {self.metrics[-1]['step']}"
             raise ValueError(f"{stopped}: add --resume to go on, or delete it")
-        self.add_settings(settings | {"film": bool(film) or None})  # older checkpoints have none
+        self.add_settings(settings | {"film": keep_film or None})  # older checkpoints have none
 
     def read(self) -> None:
         """Takes what is in the file. Raises ValueError if it is broken, or somebody else's."""
@@ -71,6 +68,7 @@ class Checkpoint:
             state = torch.load(content, map_location="cpu", weights_only=True)
             self.metrics, self.stored = state["metrics"], state["settings"]
             self.numbers, self.best = (state["trainee"], state["optimizer"]), state["best"]
+            self.film = state.get("film", {})
         except Exception as error:  # there are many ways to be broken
             broken = f"{self.file} is not a whole checkpoint ({error!r:.100})"
             raise ValueError(f"{broken}: name another --out, or delete it") from None
@@ -87,24 +85,23 @@ class Checkpoint:
         """Writes the checkpoint. The last one stays until this one is whole."""
         if self.keep_best and looks_since_best(metrics) == 0:
             self.best = copy.deepcopy(trainee.state_dict())
-        self.keep_frame(trainee, metrics[-1]["step"])
+        self.add_frame(trainee, metrics[-1]["step"])
         state = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"best": self.best, "metrics": metrics, "settings": self.settings}
+        state["film"] = self.film
         content = io.BytesIO()
         torch.save(state, content)
         replace_file(self.file, content.getbuffer())
 
-    def keep_frame(self, adapters: nn.ModuleList, step: int) -> None:
-        """Adds each adapter's numbers to its film, a tensor a step. Step 0 begins a new one."""
-        for folder, adapter in zip(self.film, adapters):
-            file = folder / "film.safetensors"
-            frames = read_tensors(file) if step else {}
-            write_tensors(file, frames | {str(step): stored_rows(adapter)})
+    def add_frame(self, adapters: nn.ModuleList, step: int) -> None:
+        """Adds each adapter's numbers to the film, if there is to be one."""
+        if self.keep_film:
+            self.film[str(step)] = [stored_rows(each).detach().clone() for each in adapters]
 
     def restore(self, trainee: nn.Module, optimizer: optim.Optimizer) -> Metrics:
         """Puts the stored numbers in place -> the metrics so far, none where there is no file."""
         if not self.metrics:
-            self.keep_frame(trainee, 0)
+            self.add_frame(trainee, 0)
             return []
         weights, averages = self.numbers
         trainee.load_state_dict(weights)

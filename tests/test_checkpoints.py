@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from soft_prompt import SoftPrompt
 from storage.checkpoints import Checkpoint, looks_since_best
-from storage.files import read_tensors
 
 SETTINGS = {"method": "prefix", "lr": 0.3}
 
@@ -100,12 +99,12 @@ def test_a_film_has_the_adapter_of_each_look(tmp_path):
     for resume, step in ((False, 2), (True, 4), (False, 6)):
         if not resume:
             (tmp_path / "checkpoint.pt").unlink(missing_ok=True)
-        checkpoint = Checkpoint(tmp_path, SETTINGS, resume, False, film=[tmp_path])
+        checkpoint = Checkpoint(tmp_path, SETTINGS, resume, False, keep_film=True)
         metrics = checkpoint.restore(adapters, optimizer) or [{"step": 0, "lr": 0.3}]
         torch.nn.init.constant_(adapters[0].vectors, step)
         checkpoint.save(adapters, optimizer, [*metrics, {"step": step, "loss": 1.0}])
-        film = read_tensors(tmp_path / "film.safetensors")
-        assert {name: frame.unique().tolist() for name, frame in film.items()} == {
+        film = {name: frame.unique().tolist() for name, [frame] in checkpoint.film.items()}
+        assert film == {
             2: {"0": [0], "2": [2]}, 4: {"0": [0], "2": [2], "4": [4]}, 6: {"0": [4], "6": [6]}
         }[step]  # fmt: skip
 

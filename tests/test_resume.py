@@ -23,11 +23,11 @@ EVERY = ["--steps", "6", "--eval-every", "2"]
 
 @pytest.mark.parametrize(
     "flags",
-    [["--mid-dim", "4"], ["--method", "both"], ["--method", "full"], ["--patience", "2"]],
+    [["--mid-dim", "4"], ["--method", "both", "--film"], ["--method", "full"], ["--patience", "2"]],
     ids=" ".join,
 )
 def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_path, flags):
-    """Numbers, MLP, optimizer and order of the examples; metrics and record, too."""
+    """Numbers, MLP, optimizer and order of the examples; metrics, record and film, too."""
     flags = [*EVERY, *flags]
     whole = run(base, *flags, "--out", tmp_path / "whole")
     interrupted(4, train_argv(base, *flags, "--out", tmp_path / "parts"))
@@ -39,6 +39,8 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(base, tmp_
         for name in files:
             files[name] = re.sub(rb'"out": .*', b"", files[name])
     assert one == two and any(name.endswith("safetensors") for name in one)
+    films = [name for name in one if name.endswith("film.safetensors")]
+    assert len(films) == (2 if "--film" in flags else 0)
 
 
 def test_the_best_survives_an_interruption(base, tmp_path, monkeypatch):
