@@ -44,8 +44,8 @@ DEMANDS = {
     "route-1": Demand("route", 1),
     "route-8": Demand("route", 8),
     "route-36": Demand("route", 36),
-    "route-432": Demand("route", 432),
     "fact-36": Demand("fact", 36),
+    "route-432": Demand("route", 432),
     "xor-36": Demand("xor", 36),
 }
 MIDDLES = {"soft_prompt": 0.1, "prefix": 0.3, "both": 0.3, "lora": 0.0033, "full": 0.0015}
