@@ -103,6 +103,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_predictions(args.predict)
     known = [trained_on(name) for name in args.adapter] or [(None, False)]
     base = args.base or known[0][0] or DEFAULT_BASE
+    if args.adapter and not args.base and Path(base) == DEFAULT_BASE and not Path(base).exists():
+        where = f"{base}, on which {args.adapter[0]} was trained, is not in this folder"
+        raise ValueError(f"{where}: give --base, or run this where train.py ran")
     chat = args.chat or any(was_chat for _, was_chat in known)
     model, tokenizer, template = open_base(base, chat, args.device, args.dtype)
     adapters = [adapter for name in args.adapter for adapter in load_adapters(name, model)]

@@ -36,7 +36,7 @@ from small_base.pretrain import pretrain  # noqa: E402
 from storage.base import load_base  # noqa: E402
 from storage.checkpoints import Metrics  # noqa: E402
 from storage.files import read_json, replace_file  # noqa: E402
-from storage.tokenizers import load_tokenizer  # noqa: E402
+from storage.tokenizers import load_chat_template, load_tokenizer  # noqa: E402
 
 NAMES = {
     "none": "frozen base", "soft_prompt": "soft prompt", "prefix": "prefix",
@@ -334,14 +334,15 @@ class Experiment:
     def prepared(
         self, examples: dict[str, list[data.Example]], method: str, seed: int,
         base: str | Path | None = None, n_virtual: int | None = None, lr: float | None = None,
-        steps: int | None = None, batch_size: int = 16, looks: int = 1,
+        steps: int | None = None, batch_size: int = 16, looks: int = 1, chat: bool = False,
     ) -> Run:  # fmt: skip
         """-> a run, by default as in train.py; `looks` at the validation data, evenly spaced."""
         recipe = RECIPES[method]
         tokenizer, model = self.load(base)
         model.requires_grad_(method == "full")
         examples = {split: some[: self.at_most] for split, some in examples.items()}
-        rows = {split: data.encode(tokenizer, some) for split, some in examples.items()}
+        template = load_chat_template(base) if chat else None
+        rows = {split: data.encode(tokenizer, some, template) for split, some in examples.items()}
         P = n_virtual or recipe.n_virtual
         steps = self.steps(steps or STEPS)
         if method == "lora":

@@ -59,6 +59,7 @@ def ready(
     """-> a run before its training."""
     examples = load_examples(task.name, task.data, task.val_data, seed)
     own = {"lr": lr, "steps": task.steps, "batch_size": experiment.args.batch_size, "looks": 15}
+    own["chat"] = experiment.args.chat
     base = experiment.args.base if task.data else experiment.base(seed)
     return experiment.prepared(examples, method, seed, base, **own)
 
@@ -106,7 +107,7 @@ def verdict(methods: dict[str, list[dict]]) -> str:
     What counts is exact match on validation data; or the loss, where no method has half of them
     exact. Runs are compared in pairs, of the same base, data and seed. A method keeps up if it
     stays behind in no pair: by more than a point of exact match, or a tenth of the loss. So noise
-    never speaks for a method. Behind in some pairs but not in all, it is undecided.
+    speaks for a method less often. Behind in some pairs but not in all, it is undecided.
     """
 
     def means_of(key: str) -> dict[str, float]:
@@ -231,6 +232,7 @@ def own_flags(add: Callable) -> None:
     add("--task", nargs="+", choices=TASKS, default=DEFAULT_TASKS, help=tasks)
     add("--data", metavar="FILE", help="your own examples instead")
     add("--val-data", metavar="FILE", help="and those to evaluate on (default: a tenth of --data)")
+    add("--chat", action="store_true", help="put inputs through the model's chat template")
     add("--steps", type=int, help="of every method (default: 150, of the task shifted 600)")
     add("--lr", type=float, help="of every method (default: its best)")
     add("--batch-size", type=int, default=16, help="(default: 16)")

@@ -52,6 +52,9 @@ def inputs_of(folder: Path, n: int, seed: int) -> list[str]:
     found = training_of(folder)
     task = found["task"] if found.get("task") in TASKS else "sentence"
     data = found.get("data")
+    if data and not Path(data).exists():
+        say(f"{data} is not here, so the page has no input of {folder}")
+        return [""]
     examples = read_jsonl(data)[:n] if data else task_examples(task, "test", n, seed)
     return [given for given, *_ in examples if isinstance(given, str)] or [""]  # no dialogues
 

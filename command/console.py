@@ -1,6 +1,7 @@
 """How a program speaks, asks, and ends."""
 
 import gc
+import io
 import os
 import re
 import signal
@@ -36,8 +37,9 @@ def prompts(text: str) -> Iterator[list[str]]:
     if text != "-":
         yield [text]
         return
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
-    if not sys.stdin.isatty():
+    stdin = sys.stdin or io.StringIO()  # without one, there are no lines
+    lines = (line.rstrip("\r\n") for line in stdin)
+    if not stdin.isatty():
         yield list(lines)
     else:
         say("One input a line. Ctrl-D ends it (on Windows Ctrl-Z and Enter).")

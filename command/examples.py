@@ -11,12 +11,15 @@ from data import Example, Messages, Row
 from small_base.world import task_examples
 
 WRITE = 'import csv, gzip, json; open("new.jsonl", "x").writelines(json.dumps(r) + "\\n" for r in '
+CSV = 'CSV. Convert it: {}csv.DictReader(open({!r}, encoding="utf-8-sig")'
 OTHER_FILES = {  # how a file begins: what it looks like, and the Python that makes JSONL of it
     rb"(\xef\xbb\xbf)?\s*\[": 'a JSON array. Convert it: {}json.load(open({!r}, "rb")))',
     rb"\x1f\x8b": "gzip. Convert it: {}map(json.loads, gzip.open({!r})))",
     rb"PAR1": "Parquet. Convert it: import pyarrow.parquet as p; {}p.read_table({!r}).to_pylist())",
     rb"[^\n]*[\0-\x06]": "binary data or UTF-16: unpack it, or save it as UTF-8",
-    rb"[^{\n]*,": 'CSV. Convert it: {}csv.DictReader(open({!r}, encoding="utf-8-sig")))',
+    rb"[^{\n]*;": CSV + ', delimiter=";"))',
+    rb"[^{\n]*\t": CSV + ', delimiter="\\t"))',
+    rb"[^{\n]*,": CSV + "))",
 }
 
 
@@ -37,13 +40,21 @@ def load_examples(
 
 
 def hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """-> the examples of a random tenth of the inputs, rounded up, and the others."""
-    inputs = list(dict.fromkeys(repr(example.input) for example in examples))  # each once
-    if len(inputs) == 1:
-        raise ValueError(f"{examples[0].where} has the only input: give others, or --val-data")
-    held_out = set(random.Random(seed).sample(inputs, (len(inputs) + 9) // 10))
-    known = [example for example in examples if repr(example.input) not in held_out]
-    return [example for example in examples if repr(example.input) in held_out], known
+    """-> the examples of a random tenth of the inputs, rounded up, and the others.
+
+    Where all have the same input, or none, it is a tenth of the targets.
+    """
+    keys = [repr(example.input) for example in examples]
+    if len(set(keys)) == 1:
+        keys = [example.target for example in examples]
+    distinct = list(dict.fromkeys(keys))  # each once, in their order
+    if len(distinct) == 1:
+        raise ValueError(f"{examples[0].where} is the only example: give others, or --val-data")
+    held_out = set(random.Random(seed).sample(distinct, (len(distinct) + 9) // 10))
+    parts = [], []
+    for example, key in zip(examples, keys):
+        parts[key not in held_out].append(example)
+    return parts
 
 
 def check_lengths(examples: list[Example], rows: list[Row], block_size: int, P: int) -> None:

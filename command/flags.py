@@ -63,6 +63,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def place(text: str) -> Path:
+    """A type for argparse: where to write. Path("") would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 count, seed = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
 rate, heat = number(float, 1e-30, 1e38), number(float, 0, 1e6)
 
@@ -96,7 +103,7 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     add("--patience", metavar="LOOKS", type=count, help=patience)
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--film", action="store_true", help="keep the adapter of every look, for the playground")
-    add("--out", metavar="DIR", type=Path, help="where to save (default: out/TASK/METHOD)")
+    add("--out", metavar="DIR", type=place, help="where to save (default: out/TASK/METHOD)")
 
     args = parser.parse_args(argv)
     recipe = RECIPES[args.method]
@@ -104,6 +111,8 @@ def train_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
         parser.error("--val-data goes with --data")
     if args.init_text is not None and (args.init != "text" or not args.init_text):
         parser.error("--init-text goes with --init text, and is not empty")
+    if args.init not in STARTS and not Path(args.init).is_dir():
+        parser.error(f"--init {args.init} is none of {', '.join(STARTS)}, and no folder")
     if args.n_virtual and args.init not in STARTS:
         parser.error(f"--n-virtual with --init {args.init}: a trained adapter keeps its length")
     if args.mid_dim and args.method not in ("prefix", "both"):
@@ -133,9 +142,9 @@ def generate_flags(description: str, argv: list[str] | None = None) -> argparse.
 
     add_data(parser)
     add = parser.add_argument_group("what else to do").add_argument
-    add("--predict", metavar="FILE", type=Path, help="with --data or --task: write all answers")
+    add("--predict", metavar="FILE", type=place, help="with --data or --task: write all answers")
     add("--prompt", metavar="TEXT", help="complete this input; -: each line that comes in")
-    add("--export", metavar="DIR", type=Path, help="save the adapters as one prefix, for PEFT")
+    add("--export", metavar="DIR", type=place, help="save the adapters as one prefix, for PEFT")
 
     add = parser.add_argument_group("how to answer").add_argument
     add("--temperature", type=heat, default=0.0, help="more makes answers vary (default: 0)")
@@ -171,8 +180,8 @@ def pretrain_flags(description: str, argv: list[str] | None = None) -> argparse.
     add("--batch-size", metavar="B", type=count, default=16, help="windows a step (default: 16)")
     add("--seed", type=seed, default=0, help="of texts, order and start (default: 0)")
     add("--device", help=DEVICES)
-    place = "a new directory (default: %(default)s)"
-    add("--out", metavar="DIR", type=Path, default=DEFAULT_BASE, help=place)
+    new = "a new directory (default: %(default)s)"
+    add("--out", metavar="DIR", type=place, default=DEFAULT_BASE, help=new)
     args = parser.parse_args(argv)
     if args.sizes[2] % args.sizes[1]:
         parser.error(f"--sizes {args.sizes}: give a width that is a multiple of the heads")

@@ -198,6 +198,21 @@ def test_each_seed_of_an_embedded_task_has_a_base_of_its_own(base, tmp_path, mon
     assert used == ["out/base", "out/bases/1", "out/bases/2", *3 * ["out/base"]]
 
 
+def test_with_chat_all_methods_read_ones_own_inputs_through_the_template(base, tmp_path):
+    place = copytree(base, tmp_path / "chatty")
+    template = {"chat_template": "{{ messages[0].role }}: {{ messages[0].content }}\nA:"}
+    (place / "tokenizer_config.json").write_text(json.dumps(template))
+    lines = [json.dumps({"input": f"hello {i}", "target": "you"}) + "\n" for i in range(4)]
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    argv = ["--chat", "--base", str(place), "--device", "cpu", "--out", str(tmp_path)]
+    experiment = common.Experiment("compare", "Which?", argv, compare.own_flags)
+    task = compare.Task("mine", str(tmp_path / "mine.jsonl"), None, 1)
+    rows = compare.ready(experiment, task, "prefix", 0).rows["train"]
+    tokenizer, _ = experiment.load()
+    read = {tokenizer.decode(row.source) for row in rows}
+    assert len(read) == 3 and read <= {f"user: hello {i}\nA:" for i in range(4)}
+
+
 def test_each_method_gets_its_own_learning_rate(monkeypatch):
     """Three rates are tried, and further ones while the outermost is clearly the best."""
     optimum = {"prefix": 9 * RECIPES["prefix"].lr, "full": RECIPES["full"].lr}

@@ -57,7 +57,9 @@ TRAIN = {  # flags of train.py: the sentence that it ends with
     "--task chat --val-data x.jsonl": "--val-data goes with --data",
     "--init zero --init-text x": "--init-text goes with --init text, and is not empty",
     "--init-text=": "--init-text goes with --init text, and is not empty",
-    "--init it --n-virtual 3": "--n-virtual with --init it: a trained adapter keeps its length",
+    "--init . --n-virtual 3": "--n-virtual with --init .: a trained adapter keeps its length",
+    "--out=": "--out: the name is empty",
+    "--init Zero": "--init Zero is none of text, vocab, random, zero, and no folder",
     "--method full --mid-dim 4": "--mid-dim is for a prefix, and --method full has none",
     "--method full --film": "--film, --n-virtual, --init and --init-text are for adapters, and ",
     "--method full --n-virtual 3": "--film, --n-virtual, --init and --init-text are for adapters",
@@ -72,6 +74,7 @@ GENERATE = {
     "--prompt x --predict y": "--predict writes the answers to --data or a --task: give one",
     "--predict y": "--predict writes the answers to --data or a --task: give one",
     "--export x": "--export saves an --adapter for PEFT: give one",
+    "--adapter a --export=": "--export: the name is empty",
     "--prompt x --top-k 3": "--top-k samples, and needs a --temperature above 0",
     "--prompt x --top-k 0": "--top-k: 0 is not a whole number from 1 to ",
     "--prompt x --temperature -1": "--temperature: -1 is not a number from 0 to ",
@@ -83,7 +86,7 @@ RUNS = {  # found behind the flags: files, the base, and what has to fit togethe
     "--base .": "config.json does not exist: . is not the directory that was meant",
     "--device toaster": "--device toaster is not there: this machine has ",
     "--device cuda:77": "--device cuda:77 is not there: this machine has ",
-    "--init nowhere": "nowhere/adapter_config.json does not exist",
+    "--init .": "adapter_config.json does not exist: . is not the directory that was meant",
     "--method full --dtype bfloat16": "--method full needs --dtype float32",
     "--n-virtual 100": "36 of 36 examples are too long: the longest, {data} line ",
     "--n-virtual 129": "129 new positions > block_size 128: shorten the input or lower --n-virtual",
@@ -293,6 +296,18 @@ def test_a_prompt_is_completed_as_the_adapter_in_memory_would(base, tmp_path, ca
         assert capsys.readouterr().out.endswith("\n" + expected + "\n")
 
 
+def test_an_adapter_used_in_another_folder_gets_no_new_base(base, tmp_path, monkeypatch):
+    """It would be another one: its own is named, as where train.py ran."""
+    monkeypatch.chdir(tmp_path)
+    model = load_base(base)
+    model.name = "out/base"
+    save_adapter(Prefix.random(model, 2), tmp_path / "prefix", model)
+    monkeypatch.setattr(generate, "open_base", None)
+    sentence = "out/base, on which .*prefix was trained, is not in this folder: give --base, or run"
+    with pytest.raises(ValueError, match=sentence):
+        generate.main(["--adapter", str(tmp_path / "prefix"), "--prompt", "a"])
+
+
 def test_an_answer_that_ran_into_its_limit_is_marked(base):
     """The flag's, or the context's, adapters included. One that ended by itself is not."""
     model, tokenizer = load_base(base), load_tokenizer(base)
@@ -343,6 +358,8 @@ def test_prompts_may_come_from_stdin(base, monkeypatch, terminal, newline):
     monkeypatch.setattr(generate, "answers", counted)
     assert use(base, "--prompt", "-", "--max-new-tokens", 12)["completions"] == expected
     assert batches == ([1, 1, 1] if terminal else [3])
+    monkeypatch.setattr(sys, "stdin", None)  # as where a program is started without one
+    assert use(base, "--prompt", "-")["completions"] == []
 
 
 def test_an_adapter_is_evaluated_on_a_file_and_predictions_are_written(base, tmp_path, capsys):

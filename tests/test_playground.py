@@ -456,10 +456,13 @@ def test_what_no_page_can_hold(world: World, tmp_path: Path, monkeypatch):
         page_of(world.base, world.adapters)
 
 
-def test_inputs(world: World):
-    """A page offers inputs of one's own data, or of a task where nothing else is known."""
+def test_inputs(world: World, monkeypatch):
+    """A page offers inputs of one's own data while it is there, or of a task if nothing is known."""
     assert playground.inputs_of(world.directory / "prefix", 3, 0) == ["The Palace serves </script>"]
     assert len(playground.inputs_of(world.directory / "prompt", 3, 0)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(playground, "training_of", lambda folder: {"data": "moved.jsonl"})
+        assert playground.inputs_of(world.directory / "prefix", 3, 0) == [""]
 
 
 def test_command(world: World, tmp_path: Path):
