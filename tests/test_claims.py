@@ -66,6 +66,7 @@ def by_seed(runs: list[dict], seeds: range = range(3), **cell: object) -> list[d
 
 E2E = [run for run in stored("e2e")["runs"] if run.get("steps") and "test_bleu" in run]
 TABLED = [run for run in E2E if "values_apart" not in run]
+APART = [run for run in stored("e2e")["runs"] if "test_values" in run]
 CHANGED = ("lora", "full")  # methods that change the weights
 LOST, LOST_CHRF = (
     {
@@ -106,6 +107,12 @@ def peak_ratio() -> list[float]:
 def scores(method: str, size: int, key: str) -> list[float]:
     """-> one score of a cell of E2E's table, seed by seed."""
     return [run[key] for run in by_seed(TABLED, method=method, size=size)]
+
+
+def new_stated(slot: str, method: str, size: int) -> list[float]:
+    """-> the percentage of a slot's new values that the test answers state, seed by seed."""
+    runs = by_seed(APART, method=method, size=size)
+    return [100 * right / n for right, n in (run["test_values"]["new"][slot] for run in runs)]
 
 
 def earlier(demand: str, N: int, method: str, size: int) -> list[dict]:
@@ -165,6 +172,11 @@ def experiment(name: str, key: str, **cell: object) -> list:
 def all_less(some: list[float], others: list[float]) -> bool:
     """-> whether it is less in every pair."""
     return len(some) == len(others) == 3 and all(a < b for a, b in zip(some, others))
+
+
+def in_both_pairs(some: list[float], others: list[float]) -> bool:
+    """-> whether it is less in each of two pairs."""
+    return len(some) == len(others) == 2 and all(a < b for a, b in zip(some, others))
 
 
 def switched(method: str) -> list[dict]:
@@ -300,7 +312,7 @@ PARTS = {  # a section of the findings -> the scripts and tables that it reports
     "What each demand needs": ("exp1_demand", "exp1_earlier"),
 }
 PAPERS = {"2017", "2021", "6.4", "70.3", "68.8", "62.2", "70.4"}  # what they report
-COUNTS = {"4,672", "547", "500", "484"}  # of E2E: pairs, records, test records, new ones
+COUNTS = {"4,672", "547", "500", "484", "20"}  # of E2E: pairs, records, test ones, new ones, names
 CLAIMED = {"0.1", "0.01"}  # percent, of shares
 EARLIER = {"2,400", "0.01"}  # steps and a rate of runs whose script has changed
 
@@ -409,6 +421,22 @@ def claims_of_the_findings() -> dict[str, bool]:
         "is also less in every pair": all(all_less(lora, some) for some in (five, ten, stack)),
         "full fine-tuning stays ahead in every pair": all(
             all_less(scores("full", 0, "test_loss"), some) for some in losses
+        ),
+        "Further runs, two a method and all on one machine": len(APART) == 6
+        and len({run["machine"] for run in APART}) == 1,
+        "a prefix states more than LoRA and full fine-tuning in every pair": all(
+            in_both_pairs(new_stated(slot, *cell), new_stated(slot, "prefix", 10))
+            for slot in ("Type", "food") for cell in (("lora", 2), ("full", 0))
+        ),
+        "level here, with one pair each way": sum(
+            prefix["test_bleu"] > full["test_bleu"]
+            for prefix, full in zip(
+                by_seed(APART, method="prefix", size=10), by_seed(APART, method="full")
+            )
+        ) == 1,
+        "full fine-tuning copies new names and neighbours about as well": all(
+            abs(mean(new_stated(slot, "full", 0)) - mean(new_stated(slot, "prefix", 10))) < 3
+            for slot in ("name", "near")
         ),
         "full fine-tuning has the highest mean BLEU": max(bleu, key=bleu.get) == ("full", 0),
         "Of what is trained, a soft prompt of 20 has the lowest": min(bleu, key=bleu.get)
