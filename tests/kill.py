@@ -27,7 +27,8 @@ from storage.base import load_base  # noqa: E402
 from storage.tokenizers import load_tokenizer  # noqa: E402
 
 # The run pretrains a base, briefly, tunes a prefix through its MLP, and leaves many checkpoints
-FLAGS = "--data few.jsonl --film --mid-dim 4 --steps 40 --eval-every 3 --batch-size 2 --device cpu".split()
+FLAGS = "--data few.jsonl --film --mid-dim 4 --steps 40 --eval-every 3 --batch-size 2".split()
+FLAGS += ["--device", "cpu"]
 OUT = "out/few/prefix"
 CHILD = """
 import os, signal, sys

@@ -457,7 +457,7 @@ def test_what_no_page_can_hold(world: World, tmp_path: Path, monkeypatch):
 
 
 def test_inputs(world: World, monkeypatch):
-    """A page offers inputs of one's own data while it is there, or of a task if nothing is known."""
+    """A page offers inputs of one's own data while it is there, or of a task."""
     assert playground.inputs_of(world.directory / "prefix", 3, 0) == ["The Palace serves </script>"]
     assert len(playground.inputs_of(world.directory / "prompt", 3, 0)) == 3
     with monkeypatch.context() as patch:
