@@ -365,12 +365,13 @@ def dials() -> list[tuple[dict, dict]]:
 
 
 def test_what_is_said_of_switches_holds_in_each_pair():
-    """By 8 words a prefix is sooner on every base; by 2, both need 100 steps or fewer."""
+    """By 4 and 8 words a prefix is sooner on every base; by 2, both need 100 steps or fewer."""
     runs = json_of(common.RESULTS / "exp8_switch.json")["runs"]
     runs = [run for run in runs if run["seed"] != common.UNREPORTED]
     steps = {(run["forms"], run["method"], run["seed"]): run["steps"] for run in runs}
     for seed in range(3):
         assert max(steps[2, method, seed] for method, _ in exp8_switch.SIZES) <= 100
+        assert steps[4, "prefix", seed] < steps[4, "soft_prompt", seed]
         assert 2 * steps[8, "prefix", seed] < steps[8, "soft_prompt", seed]
     unsolved = [run for run in runs if not run["solved"]]
     found = [(run["forms"], run["method"], run["seed"]) for run in unsolved]
