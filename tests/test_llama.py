@@ -4,6 +4,7 @@ It is shown on miniatures of random weights. transformers takes norms and rotati
 whatever the dtype, so float64 agrees to float32's digits and no further.
 """
 
+import json
 import random
 
 import pytest
@@ -91,6 +92,15 @@ def test_a_model_of_transformers_gives_the_same_here(tmp_path, kind, dtype):
         value.logsumexp(dim=-1).sum().backward()
     assert_close(x.grad, theirs.grad, rtol=10 * tolerance, atol=10 * tolerance)
     assert model.generate(idx, NEW).tolist() == their_tokens(peer, idx, NEW).tolist()
+
+
+def test_the_speed_of_rotation_may_stand_where_older_files_have_it(tmp_path):
+    """By itself, before transformers 5."""
+    peer_base(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    assert load_base(tmp_path).config.rope_theta == 500.0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -234,6 +234,22 @@ def test_muon_moves_matrices_of_one_shape_as_each_alone():
     assert all((end - start).abs().max() > 0.05 for end, start in zip(alone, starts))
 
 
+def test_muon_written_out():
+    """Two steps: a short memory, a look ahead of it, and an update that tall matrices get larger."""
+    generator = torch.Generator().manual_seed(0)
+    start, first, second = torch.randn((3, 6, 4), generator=generator)
+    matrix = torch.nn.Parameter(start.clone())
+    optimizer = Muon([matrix], lr=0.1)
+    for gradient in (first, second):
+        matrix.grad = gradient.clone()
+        optimizer.step()
+    momenta = 0.2 * first, 0.8 * 0.2 * first + 0.2 * second
+    for momentum, gradient in zip(momenta, (first, second)):
+        direction = 0.8 * momentum + 0.2 * gradient
+        start = start - 0.1 * 1.5**0.5 * orthogonal(direction[None])[0]
+    assert_close(matrix.detach(), start)
+
+
 def test_pretraining_lowers_the_loss_and_saves_what_loads(tmp_path):
     """A base, its tokenizer, and the record of how it was made."""
     losses = []
