@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D); a past has P
+KV = tuple[Tensor, Tensor]  # the keys and values of one layer, each (B, H, S, D); P long in a past
 KVCache = list[KV]  # those of all L layers; a batch of 1 is shared by all rows
 
 

@@ -55,7 +55,7 @@ class Prefix(nn.Module):
     def zero(cls, model: Decoder, P: int) -> "Prefix":
         """-> P rows of zeros. A zero key still draws attention, so this is not a no-op.
 
-        Equal rows get equal gradients and stay equal, as one, unless an MLP tells them apart.
+        Equal rows get equal gradients and stay equal, unless an MLP tells them apart.
         """
         return cls(torch.zeros(model.kv_shape(P), device=model.device))
 

@@ -337,7 +337,7 @@ class Experiment:
         steps: int | None = None, batch_size: int = 16, looks: int = 1, chat: bool = False,
     ) -> Run:  # fmt: skip
         """-> a run, by default as in train.py; `looks` at the validation data, evenly spaced."""
-        recipe = RECIPES[method]
+        recipe, base = RECIPES[method], base or self.args.base
         tokenizer, model = self.load(base)
         model.requires_grad_(method == "full")
         examples = {split: some[: self.at_most] for split, some in examples.items()}

@@ -267,14 +267,13 @@ class E2E:
         Values that occur in the training data are counted apart from new ones: [stated, in all].
         """
         # forced, for E2E's full stops stand apart from the word, which is no mistake
-        bleu, chrf = sacrebleu.BLEU(force=True), sacrebleu.CHRF()
+        metrics = {"bleu": sacrebleu.BLEU(force=True), "chrf": sacrebleu.CHRF()}
         references = [self.references[part][record] for record in records]
         columns = list(zip_longest(*references))  # the i-th reference of each record, or None
         scores: dict[str, Any] = {
-            name: metric.corpus_score(texts, columns).score
-            for name, metric in (("bleu", bleu), ("chrf", chrf))
+            name: metric.corpus_score(texts, columns).score for name, metric in metrics.items()
         }
-        scores["signatures"] = [str(metric.get_signature()) for metric in (bleu, chrf)]
+        scores["signatures"] = [str(metric.get_signature()) for metric in metrics.values()]
         counts: dict[str, dict[str, list[int]]] = {"known": {}, "new": {}}
         for record, text in zip(records, texts):
             for (slot, value), right in stated(record, text).items():

@@ -51,10 +51,9 @@ def hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Ex
     if len(distinct) == 1:
         raise ValueError(f"{examples[0].where} is the only example: give others, or --val-data")
     held_out = set(random.Random(seed).sample(distinct, (len(distinct) + 9) // 10))
-    parts = [], []
-    for example, key in zip(examples, keys):
-        parts[key not in held_out].append(example)
-    return parts
+    pairs = list(zip(examples, keys))
+    known = [example for example, key in pairs if key not in held_out]
+    return [example for example, key in pairs if key in held_out], known
 
 
 def check_lengths(examples: list[Example], rows: list[Row], block_size: int, P: int) -> None:

@@ -25,9 +25,8 @@ from soft_prompt import SoftPrompt
 from storage.adapters import load_adapter, save_adapter, stored_rows
 from storage.base import load_base, save_base
 from storage.checkpoints import Metrics, curve_of
-from storage.files import (
-    TRAINING, check_place, read_json, replace_file, write_json, write_tensors,
-)  # fmt: skip
+from storage.files import TRAINING, check_place, read_json
+from storage.files import replace_file, write_json, write_tensors
 from storage.hub import base_directory
 from storage.tokenizers import copy_tokenizer, load_chat_template, load_tokenizer
 
@@ -173,15 +172,15 @@ def save_run(
     out = Path(record["out"])
     record["curve"] = curve_of(metrics)
     save_record(record)
-    for folder, adapter in zip(folders_of(record["method"], out), adapters or [None]):
-        if adapter is not None:
-            save_adapter(adapter, folder, model)
+    for i, folder in enumerate(folders_of(record["method"], out)):
+        if adapters:
+            save_adapter(adapters[i], folder, model)
         else:
             copy_tokenizer(model.name, folder)
             save_base(model, folder, read_json(base_directory(model.name) / "config.json"))
-    for i, folder in enumerate(folders_of(record["method"], out) if film else []):
-        frames = {step: rows[i] for step, rows in film.items()}
-        write_tensors(folder / "film.safetensors", frames)
+        if film:
+            frames = {step: rows[i] for step, rows in film.items()}
+            write_tensors(folder / "film.safetensors", frames)
     lines = "".join(f"{json.dumps(entry)}\n" for entry in metrics)
     replace_file(out / "metrics.jsonl", lines.encode())
     draw_curve(out / "curve.png", metrics)

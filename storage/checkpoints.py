@@ -59,7 +59,7 @@ class Checkpoint:
         if self.metrics and not resume:
             stopped = f"{self.file} is of a run stopped after step {self.metrics[-1]['step']}"
             raise ValueError(f"{stopped}: add --resume to go on, or delete it")
-        self.add_settings(settings | {"film": keep_film or None})  # older checkpoints have none
+        self.add_settings(settings | {"film": keep_film or None})  # None, as in older ones
 
     def read(self) -> None:
         """Takes what is in the file. Raises ValueError if it is broken, or somebody else's."""
@@ -68,7 +68,7 @@ class Checkpoint:
             state = torch.load(content, map_location="cpu", weights_only=True)
             self.metrics, self.stored = state["metrics"], state["settings"]
             self.numbers, self.best = (state["trainee"], state["optimizer"]), state["best"]
-            self.film = state.get("film", {})
+            self.film = state.get("film", {})  # older checkpoints have none
         except Exception as error:  # there are many ways to be broken
             broken = f"{self.file} is not a whole checkpoint ({error!r:.100})"
             raise ValueError(f"{broken}: name another --out, or delete it") from None
@@ -87,8 +87,8 @@ class Checkpoint:
             self.best = copy.deepcopy(trainee.state_dict())
         self.add_frame(trainee, metrics[-1]["step"])
         state = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"best": self.best, "metrics": metrics, "settings": self.settings}
-        state["film"] = self.film
+        state |= {"best": self.best, "film": self.film}
+        state |= {"metrics": metrics, "settings": self.settings}
         content = io.BytesIO()
         torch.save(state, content)
         replace_file(self.file, content.getbuffer())

@@ -505,13 +505,12 @@ def test_no_word_of_the_findings_compares_without_a_computation():
 def claims_of_the_classroom() -> dict[str, bool]:
     """-> words of classroom/README.md -> whether the runs say so."""
     forgetting = stored("exp4_forgetting")["runs"]
-    states = {
-        state: [
-            mean(run[state] for run in forgetting if run["seed"] == seed and is_other(run))
-            for seed in range(3)
-        ]
-        for state in ("frozen", "full", "on", "off")
-    }
+
+    def loss(state: str, left_out: str = "") -> list[float]:
+        others = [run for run in forgetting if is_other(run) and run["pair"] != left_out]
+        return [mean(run[state] for run in others if run["seed"] == seed) for seed in range(3)]
+
+    states = {state: loss(state) for state in ("frozen", "full", "on", "off")}
     distance = partial(experiment, "exp5_distillation", "divergence")
     taught = {n: distance(way="taught by the model with the text", size=n) for n in (2, 8, 16)}
     first, own = (distance(way=way, size=8) for way in ("the first words", "trained on the text"))
@@ -522,6 +521,9 @@ def claims_of_the_classroom() -> dict[str, bool]:
             max(solved("route-432", *cell)) < NEVER for cell in (LORA, FULL)
         ),
         "less on two bases, and more on one": sum(map(less, states["on"], states["full"])) == 2,
+        "One pair makes it so, review → verdict": all_less(
+            loss("on", "review → verdict"), loss("full", "review → verdict")
+        ),
         "the loss is that of the frozen base, in every run": states["off"] == states["frozen"],
         "less than half of the 0.44, in every pair": all_less(taught[2], [n / 2 for n in nothing]),
         "hardly leaves that": max(abs(a - b) for a, b in zip(first, own)) < 0.02,

@@ -383,7 +383,7 @@ def test_an_adapter_is_evaluated_on_a_file_and_predictions_are_written(base, tmp
     assert "7 predictions in " in capsys.readouterr().out and files_in(tmp_path / "out") == before
     use(base, *flags)  # without --predict it shows three
     assert capsys.readouterr().out.count("\nexpected ") == 3
-    use(base, "--data", flags[flags.index("--data") + 1])  # the base alone, which is frozen anyway
+    use(base, "--data", tmp_path / "new.jsonl")  # the base alone, which is frozen anyway
     printed = capsys.readouterr().out
     assert printed.count("\nexpected ") == 3 and "\nfrozen " not in printed
 

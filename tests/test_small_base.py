@@ -235,7 +235,7 @@ def test_muon_moves_matrices_of_one_shape_as_each_alone():
 
 
 def test_muon_written_out():
-    """Two steps: a short memory, a look ahead of it, and an update that tall matrices get larger."""
+    """Two steps: a short memory, a look ahead, and a larger update for a tall matrix."""
     generator = torch.Generator().manual_seed(0)
     start, first, second = torch.randn((3, 6, 4), generator=generator)
     matrix = torch.nn.Parameter(start.clone())
