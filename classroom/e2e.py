@@ -32,6 +32,7 @@ from common import NAMES, RESULTS, UNREPORTED, Experiment, Run, best_rate, colou
 from common import interleaved, kept_for_backward, looks_of, machine, markdown, n_trainable, spread
 from compare import size as size_of
 from compare import step
+from exp7_start import DEVIATIONS, started
 from lora import add_lora
 from torch import nn
 
@@ -56,6 +57,7 @@ BEHIND = 20  # tokens of the soft prompt that stands behind a prefix
 TASK_TEXT = "Write a sentence about the restaurant of this name , "
 TASK_TEXT += "with its area , food , price and rating ."
 STEPS, BATCH = 200, 10
+SHORT = 50  # steps of a run that compares starts
 LIMIT = 80  # tokens of an answer
 # Where the search of a rate begins, and the sizes for which it is done
 RATES = {"prefix": 0.03, "soft_prompt": 0.03, "both": 0.03, "lora": 1e-3, "full": 1e-4}
@@ -103,7 +105,7 @@ class Cell(NamedTuple):
 
     method: str
     size: int = 0  # virtual tokens; of LoRA the rank; of "examples" their number
-    init: str = "text"  # or "examples": the cache of some training examples
+    init: str = "text"  # or one of experiment 7; "examples" is the cache of training examples
     steps: int = STEPS
 
 
@@ -124,6 +126,7 @@ PARTS = {
         Cell("prefix", 10), Cell("lora", 2), Cell("full"), Cell("soft_prompt", 200),
         Cell("both", 9),
     ],
+    "start": [Cell("prefix", 10, init, SHORT) for init in ("text", "words", *DEVIATIONS)],
 }
 CHANGING = ("lora", "full")  # methods that change the weights
 
@@ -211,9 +214,9 @@ class E2E:
             return Run(model, [adapter], rows, plan)
         adapters = []
         for kind, P in zip(ADAPTERS_OF.get(cell.method, []), (n, BEHIND)):
-            start = (P, cell.init, TASK_TEXT, seed)
+            start = (P, "text", TASK_TEXT, seed)
             adapters += new_adapters([kind], model, self.tokenizer, rows["train"], *start)
-        return Run(model, adapters, rows, plan)
+        return started(Run(model, adapters, rows, plan), cell.init, seed)
 
     def run(self, cell: Cell, seed: int, lr: float, apart: bool = False) -> dict[str, Any]:
         """-> the record of a run, stored or measured now; if asked, with known values `apart`."""
@@ -284,10 +287,13 @@ class E2E:
         return scores | {"values": counts}
 
     def rate(self, cell: Cell) -> float:
-        """-> the rate of the lowest validation loss, at one size of the method, on UNREPORTED."""
+        """-> the rate of the lowest validation loss, on UNREPORTED.
+
+        Of each method, start and number of steps, it is searched at one size.
+        """
         if not cell.steps:
             return 0.0
-        some = Cell(cell.method, SIZES.get(cell.method, 0))
+        some = cell._replace(size=SIZES.get(cell.method, 0))
         return best_rate(RATES[cell.method], lambda lr: self.run(some, UNREPORTED, lr)["loss"])
 
     def runs(self, cell: Cell, part: str = "table") -> list[dict[str, Any]]:
@@ -360,6 +366,20 @@ def table(e2e: E2E, part: str) -> str:
     header = ["method", "numbers trained", "share", "context"]
     header += [f"loss {unit}" + (", test" if test else "") for unit in ("a token", "an answer")]
     return markdown([*header, *scores.values(), "runs", "machine"], rows)
+
+
+def starts_table(e2e: E2E) -> str:
+    """-> what a prefix's start does, before training and after SHORT steps."""
+    rows = []
+    for cell in e2e.cells("start"):
+        runs = e2e.runs(cell)
+        if runs:
+            row = [cell.init, spread([run["start"] for run in runs], 2), f"{runs[0]['lr']:g}"]
+            row.append(spread([run["loss"] for run in runs], 3))
+            row += [spread([run["bleu"] for run in runs], 1), str(len(runs)), machines(runs)]
+            rows.append(row)
+    header = ["start", "loss before training", "learning rate", "loss", "BLEU", "runs", "machine"]
+    return markdown(header, rows)
 
 
 def plateaus(e2e: E2E) -> str:
@@ -444,7 +464,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = e2e.rate(cell)
             for seed in experiment.seeds:
                 e2e.run(cell, seed, lr, apart=part == "values")
-    texts = {"plateau": plateaus, "costs": costs, "values": values_table}
+    texts = {"plateau": plateaus, "costs": costs, "values": values_table, "start": starts_table}
     for part in parts:
         text = texts.get(part, partial(table, part=part))(e2e)
         replace_file(experiment.out / f"e2e_{part}.md", text.encode())

@@ -191,6 +191,26 @@ def test_full_fine_tuning_is_in_float32(files, base, tmp_path):
     assert made.ready(e2e.Cell("prefix", 10), plan).model.dtype == torch.bfloat16
 
 
+def test_each_start_has_a_rate_of_its_own_after_as_many_steps(files, base, tmp_path, monkeypatch):
+    """What a prefix starts as is what its name says; the rate is searched with that start."""
+    made = made_of(files, base, tmp_path)
+    plan = Plan(0, 0.0, e2e.BATCH, 0, eval_every=1)
+    cells = {cell.init: cell for cell in e2e.PARTS["start"]}
+    starts = {init: made.ready(cell, plan).adapters[0].start for init, cell in cells.items()}
+    assert torch.equal(starts["text"], made.ready(e2e.Cell("prefix", 10), plan).adapters[0].start)
+    assert not torch.equal(starts["words"], starts["text"])
+    deviations = {init: round(start.std().item(), 2) for init, start in starts.items()}
+    assert [deviations[init] for init in ("zero", "random, 0.02", "random, 1")] == [0, 0.02, 1]
+    best = {"text": 0.03, "words": 0.01, "zero": 0.09}
+
+    def run(cell: e2e.Cell, seed: int, lr: float) -> dict[str, float]:
+        assert (seed, cell.size, cell.steps) == (e2e.UNREPORTED, 10, e2e.SHORT)
+        return {"loss": abs(lr - best[cell.init])}
+
+    monkeypatch.setattr(made, "run", run)
+    assert {init: made.rate(cells[init]) for init in best} == best
+
+
 @pytest.mark.parametrize("part", e2e.PARTS)
 def test_the_stored_tables_show_the_stored_runs(part):
     """With each run's machine beside it. No cell of the values mixes two."""
@@ -205,11 +225,12 @@ def test_the_stored_tables_show_the_stored_runs(part):
         found = [run for run in found if part != "values" or "values_apart" in run]
         first = {run["seed"]: run for run in reversed(found)}  # of each seed
         some = [first[seed] for seed in sorted(first)]
-        assert (e2e.label(cell) in shown) == bool(some)
+        name = cell.init if part == "start" else e2e.label(cell)
+        assert (name in shown) == bool(some)
         if not some:
             continue
-        line = shown[e2e.label(cell)]
-        keys = ("bleu", "test_bleu") if part != "length" else ("bleu", "chrf")
+        line = shown[name]
+        keys = {"length": ("bleu", "chrf"), "start": ("bleu",)}.get(part, ("bleu", "test_bleu"))
         assert " | ".join(spread([run[key] for run in some], 1) for key in keys) in line
         if part == "values":
             assert f" | {len(some)} | " in line and len({run["machine"] for run in some}) == 1
