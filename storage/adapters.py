@@ -62,6 +62,8 @@ def load_adapter(directory: str | Path, model: Decoder | None = None) -> Prefix 
         adapter = KINDS[kind](tensors["prompt_embeddings"].view(shape))
     except (ArithmeticError, LookupError, RuntimeError, TypeError):
         raise ValueError(f"{path} has no prompt_embeddings of {sizes}: save it again") from None
+    if not stored_rows(adapter).isfinite().all():
+        raise ValueError(f"{path} holds numbers that are not finite: train it again")
     if model and (directory / "base.json").exists():  # PEFT's own have none
         base = read_json(directory / "base.json")
         known, found = base.get("fingerprint"), fingerprint(model)

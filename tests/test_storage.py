@@ -711,3 +711,13 @@ def test_a_file_without_prompt_embeddings_is_refused(tmp_path):
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError, match="has no prompt_embeddings of .*: save it again"):
             load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_diverged_elsewhere_is_refused(model, tmp_path, value):
+    """It is named itself, and the base is not blamed for the losses behind it."""
+    diverged = prefix(model)
+    diverged.start.data[0, 0, 1, 0, 0] = value
+    save_adapter(diverged, tmp_path)
+    with pytest.raises(ValueError, match="safetensors holds numbers that are not finite: train"):
+        load_adapter(tmp_path)
