@@ -101,8 +101,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start_process()
     if args.predict:
         check_predictions(args.predict)
-    known = [trained_on(name) for name in args.adapter] or [(None, False)]
-    base = args.base or known[0][0] or DEFAULT_BASE
+    known = [trained_on(name) for name in args.adapter] or [(DEFAULT_BASE, False)]
+    base = args.base or known[0][0]
+    if base is None:
+        raise ValueError(f"{args.adapter[0]} does not name its base: give --base")
     if args.adapter and not args.base and Path(base) == DEFAULT_BASE and not Path(base).exists():
         where = f"{base}, on which {args.adapter[0]} was trained, is not in this folder"
         raise ValueError(f"{where}: give --base, or run this where train.py ran")

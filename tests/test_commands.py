@@ -308,6 +308,13 @@ def test_an_adapter_used_in_another_folder_gets_no_new_base(base, tmp_path, monk
         generate.main(["--adapter", str(tmp_path / "prefix"), "--prompt", "a"])
 
 
+def test_an_adapter_that_names_no_base_is_not_tried_on_the_small_one(base, tmp_path, monkeypatch):
+    save_adapter(Prefix.random(load_base(base), 2), tmp_path)
+    monkeypatch.setattr(generate, "open_base", None)
+    with pytest.raises(ValueError, match="does not name its base: give --base"):
+        generate.main(["--adapter", str(tmp_path), "--prompt", "a"])
+
+
 def test_an_answer_that_ran_into_its_limit_is_marked(base):
     """The flag's, or the context's, adapters included. One that ended by itself is not."""
     model, tokenizer = load_base(base), load_tokenizer(base)
