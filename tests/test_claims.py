@@ -115,6 +115,12 @@ def new_stated(slot: str, method: str, size: int) -> list[float]:
     return [100 * right / n for right, n in (run["test_values"]["new"][slot] for run in runs)]
 
 
+def from_start(start: str) -> list[float]:
+    """-> the validation losses of SmolLM2's prefixes that began so, after 50 steps of E2E."""
+    runs = by_seed(stored("e2e")["runs"], method="prefix", init=start, steps=50)
+    return [run["loss"] for run in runs]
+
+
 def earlier(demand: str, N: int, method: str, size: int) -> list[dict]:
     """-> the reported runs of a cell of the earlier table of demands, base by base."""
     cell = {"demand": demand, "N": N, "method": method, "size": size}
@@ -172,11 +178,6 @@ def experiment(name: str, key: str, **cell: object) -> list:
 def all_less(some: list[float], others: list[float]) -> bool:
     """-> whether it is less in every pair."""
     return len(some) == len(others) == 3 and all(a < b for a, b in zip(some, others))
-
-
-def in_both_pairs(some: list[float], others: list[float]) -> bool:
-    """-> whether it is less in each of two pairs."""
-    return len(some) == len(others) == 2 and all(a < b for a, b in zip(some, others))
 
 
 def switched(method: str, forms: int = 8) -> list[dict]:
@@ -425,18 +426,27 @@ def claims_of_the_findings() -> dict[str, bool]:
         "full fine-tuning stays ahead in every pair": all(
             all_less(scores("full", 0, "test_loss"), some) for some in losses
         ),
-        "Further runs, two a method and all on one machine": len(APART) == 6
+        "Further runs, three a method and all on one machine": len(APART) == 9
         and len({run["machine"] for run in APART}) == 1,
         "a prefix states more than LoRA and full fine-tuning in every pair": all(
-            in_both_pairs(new_stated(slot, *cell), new_stated(slot, "prefix", 10))
+            all_less(new_stated(slot, *cell), new_stated(slot, "prefix", 10))
             for slot in ("Type", "food") for cell in (("lora", 2), ("full", 0))
         ),
-        "level here, with one pair each way": sum(
+        "the prefix is ahead of full fine-tuning in two pairs of three here": sum(
             prefix["test_bleu"] > full["test_bleu"]
             for prefix, full in zip(
                 by_seed(APART, method="prefix", size=10), by_seed(APART, method="full")
             )
-        ) == 1,
+        ) == 2,
+        "The text has the lowest loss in every pair, and noise of 1 the highest": all_less(
+            from_start("text"), from_start("random, 0.02")
+        ) and all_less(from_start("random, 0.02"), from_start("random, 1")),
+        "there, noise of 1 was sooner than a text": all_less(
+            *(
+                [run["steps"] for run in by_seed(stored("exp7_start")["runs"], start=start)]
+                for start in ("random, 1", "text")
+            )
+        ),
         "full fine-tuning copies new names and neighbours about as well": all(
             abs(mean(new_stated(slot, "full", 0)) - mean(new_stated(slot, "prefix", 10))) < 3
             for slot in ("name", "near")
