@@ -63,7 +63,7 @@ class Prefix(nn.Module):
         """-> self, from now on trained through an MLP: start + MLP(inputs) (Li & Liang §4.3).
 
         `inputs` (P, H·D), drawn from N(0, 1), are trained too. `mlp` is H·D -> mid_dim, a tanh, and
-        mid_dim -> L·2·H·D. Its last layer is zero at first, so a start means the same without it.
+        mid_dim -> L·2·H·D. Its last layer is zero at first: training begins at `start` itself.
         """
         P, L, _, H, D = self.start.shape
         like = {"device": self.start.device, "dtype": self.start.dtype}

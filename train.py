@@ -88,7 +88,7 @@ class Diverged(ValueError):
 
 
 class Plan(NamedTuple):
-    """How a training goes. `steps` and `eval_every` are optimizer steps, batches are rows."""
+    """How a training goes: `steps` and `eval_every` in optimizer steps, batches in rows."""
 
     steps: int
     lr: float
