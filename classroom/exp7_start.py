@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from common import Experiment, Run, how_soon, spread
-from exp2_keys_and_values import STEPS, P, begin_route, draw_bars, in_words
+from exp2_keys_and_values import STEPS, begin_route, draw_bars, in_words
 
 from command.console import run_command
 from command.models import ADAPTERS_OF, new_adapters
@@ -21,14 +21,15 @@ DEVIATIONS = {"random, 0.02": 0.02, "random, 1": 1.0, "zero": 0.0}
 
 
 def started(run: Run, start: str, seed: int) -> Run:
-    """A run whose prefix starts as a text -> one with another start."""
+    """A run whose prefix starts as a text -> one with another start, of the same length."""
+    if start == "text":
+        return run
+    numbers, generator = run.adapters[0].start, torch.Generator().manual_seed(seed)
     if start == "words":
-        own = ADAPTERS_OF["prefix"], run.model, None, run.rows["train"], P, "vocab"
+        own = ADAPTERS_OF["prefix"], run.model, None, run.rows["train"], len(numbers), "vocab"
         return run._replace(adapters=new_adapters(*own, seed=seed))
-    if start in DEVIATIONS:
-        numbers, generator = run.adapters[0].start, torch.Generator().manual_seed(seed)
-        noise = torch.randn(numbers.shape, generator=generator).to(numbers.device)
-        numbers.data = DEVIATIONS[start] * noise
+    noise = torch.randn(numbers.shape, generator=generator).to(numbers.device)
+    numbers.data = DEVIATIONS[start] * noise
     return run
 
 

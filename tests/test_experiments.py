@@ -173,12 +173,13 @@ def test_a_prefix_made_of_a_text_gets_the_attention_that_the_text_gets():
 
 
 def test_a_start_is_what_its_name_says():
-    """A text, words of the task, zeros, or noise of the deviation in the name."""
-    model, rows, P = random_model(), [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9])], exp7_start.P
-    run = common.Run(model, [Prefix.text(model, random_ids(P, seed=1))], {"train": rows}, None)
+    """A text, words of the task, zeros, or noise of the deviation in the name; of equal length."""
+    model, rows = random_model(), [Row([1, 2, 3], [4, 5]), Row([6], [7, 8, 9])]
+    run = common.Run(model, [Prefix.text(model, random_ids(10, seed=1))], {"train": rows}, None)
 
     def numbers(start):
         (prefix,) = exp7_start.started(copy.deepcopy(run), start, 0).adapters
+        assert prefix.start.shape == run.adapters[0].start.shape
         return prefix.start
 
     assert torch.equal(numbers("text"), run.adapters[0].start)
