@@ -152,6 +152,7 @@ def step(
 
 def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
     """-> what each method costs on a training batch: numbers, bytes, context and time."""
+    say("what a step and a token cost, by turns of all methods")
     record, steps, prefills, one, many = {}, {}, {}, {}, {}
     for method in ["none", *METHODS]:
         model, adapters, rows, plan, *_ = ready(experiment, task, method, 0)
@@ -174,8 +175,9 @@ def costs(experiment: Experiment, task: Task) -> dict[str, dict]:
         one[method] = partial(model.generate, source, 1, past_kv)
         many[method] = partial(model.generate, source, n_new, past_kv)
         prefills[method] = torch.no_grad()(partial(stacked_past_kv, adapters, model))
+    turns = 1 if experiment.args.quick else 15
     for key, functions in {"step": steps, "prefill": prefills, "one": one, "many": many}.items():
-        for method, seconds in interleaved(functions, 15).items():
+        for method, seconds in interleaved(functions, turns).items():
             record[method][key] = 1000 * statistics.median(seconds)
     for cells in record.values():
         cells["token"] = (cells["many"] - cells["one"]) / (cells["new"] - 1)
