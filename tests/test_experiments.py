@@ -455,7 +455,7 @@ def test_words_that_compare_parts_and_starts_hold_for_each_pair():
     assert counts["random, 1"] == (3, 0) and counts["zero"] == (0, 3)
     assert counts["words"] == (2, 0) and counts["random, 0.02"][0] == 1
     assert text == parts["all"]  # "the three runs of a text are those of experiment 2"
-    assert "In experiment 1 the same three took 250 [250–450]." in PAGE
+    assert "In experiment 1 the same three took 250 [250–450]." in " ".join(PAGE.split())
     runs = json_of(common.RESULTS / "exp1_demand.json")["runs"]
     cell = {"demand": "route-36", "method": "prefix", "size": 8, "lr": 0.3}
     assert sorted(r["steps"] for r in runs if cell.items() <= r.items() and r["seed"] < 3) == [
