@@ -7,6 +7,7 @@ Digits are looked up in the stored tables. Words that compare, such as «alone»
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import pairwise
 from operator import lt as less
@@ -58,7 +59,7 @@ def between(numbers: list[float], digits: str = ".2f") -> str:
     return f"{min(numbers):{digits}} to {max(numbers):{digits}}"
 
 
-def by_seed(runs: list[dict], seeds: range = range(3), **cell: object) -> list[dict]:
+def by_seed(runs: list[dict], seeds: Sequence[int] = range(3), **cell: object) -> list[dict]:
     """-> the reported runs of a cell, in the order of their seeds, which are those of bases too."""
     found = [run for run in runs if cell.items() <= run.items() and run.get("seed") in seeds]
     return sorted(found, key=lambda run: run["seed"])
@@ -123,10 +124,24 @@ def lost_apart(method: str) -> list[float]:
     return [run["bleu"] - run["test_bleu"] for run in by_seed(APART, method=method)]
 
 
-def from_start(start: str) -> list[float]:
+def from_start(start: str, seeds: Sequence[int] = range(3)) -> list[float]:
     """-> the validation losses of SmolLM2's prefixes that began so, after 50 steps of E2E."""
-    runs = by_seed(stored("e2e")["runs"], method="prefix", init=start, steps=50)
+    runs = by_seed(stored("e2e")["runs"], seeds, method="prefix", init=start, steps=50)
     return [run["loss"] for run in runs]
+
+
+def at_best(start: str) -> float:
+    """-> the lowest of such losses in the search of a rate."""
+    return min(from_start(start, [100]))
+
+
+def starts_in_order() -> bool:
+    """-> whether text, words, zeros or noise of 0.02, noise of 1 stand so in every pair."""
+    between = [from_start(start) for start in ("zero", "random, 0.02")]
+    return all_less(from_start("text"), from_start("words")) and all(
+        all_less(from_start("words"), some) and all_less(some, from_start("random, 1"))
+        for some in between
+    )
 
 
 HARD = ("route-8", "route-36", "fact-36")
@@ -377,8 +392,8 @@ def claims_of_the_findings() -> dict[str, bool]:
     trained = [*others, ("soft_prompt", 20), ("soft_prompt", 200)]
     bleu = {cell: mean(scores(*cell, "bleu")) for cell in trained}
     return {
-        "All methods were done with up to 36 routes and 36 facts": all(run["solved"] for run in reported)
-        and len(reported) == 3 * 6 * 4,
+        "All methods were done with up to 36 routes and 36 facts": len(reported) == 3 * 6 * 4
+        and all(run["solved"] for run in reported),
         "no prefix and no soft prompt was done after 12,000 steps": unsolved,
         "With 432 routes no prefix and no soft prompt is done": unsolved,
         "54 to 65 %, less in every pair": all_less(
@@ -413,7 +428,7 @@ def claims_of_the_findings() -> dict[str, bool]:
         "takes 50 steps or fewer with every method": {
             run["steps"] for run in reported if run["demand"] == "route-1"
         } == {50},
-        "*A prefix gets there sooner than a soft prompt* in every pair, on route 8, route 36 and fact 36": (
+        "sooner than a soft prompt* in every pair, on route 8, route 36 and fact 36": (
             prefix_is_sooner(20, 64)
         ),
         "*LoRA and full fine-tuning get there sooner than a prefix* in every pair": all(
@@ -459,9 +474,15 @@ def claims_of_the_findings() -> dict[str, bool]:
                 by_seed(APART, method="prefix", size=10), by_seed(APART, method="full")
             )
         ) == 2,
-        "The text has the lowest loss in every pair, and noise of 1 the highest": all_less(
-            from_start("text"), from_start("random, 0.02")
-        ) and all_less(from_start("random, 0.02"), from_start("random, 1")),
+        "The text has the lowest loss in every pair, words the next, and noise of 1 the highest": (
+            starts_in_order()
+        ),
+        "words were ahead of the text, by a hundredth": (
+            0.005 < at_best("text") - at_best("words") < 0.015
+        ),
+        "Zeros and noise of 0.02 share the place between": sum(
+            map(less, from_start("zero"), from_start("random, 0.02"))
+        ) in (1, 2),
         "noise of 1 was done sooner on each of three bases": all_less(
             *(
                 [run["steps"] for run in by_seed(stored("exp7_start")["runs"], start=start)]
@@ -531,7 +552,8 @@ COMPARING = re.compile(rf"\b(?:{WORDS})\b")
 PLAIN = (  # sentences that compare no runs
     "«longer», «alone», «in every pair».", "hold the lowest and the highest run",
     "the cheapest method that keeps up",
-    "to predict the text alone", "we saw no cost behind 10 virtual tokens", "the lowest loss decided", "Behind 500, the first token",
+    "to predict the text alone", "we saw no cost behind 10 virtual tokens",
+    "the lowest loss decided", "Behind 500, the first token",
     "Learning the inputs only is far behind", "A prefix needs more memory to train:",
     "Complex tasks need a prefix:",
     "a prefix with a soft prompt behind it",
@@ -584,9 +606,8 @@ def claims_of_the_classroom() -> dict[str, bool]:
         ),
         "the loss is that of the frozen base, in every run": states["off"] == states["frozen"],
         "less than half of the 0.44, in every pair": all_less(taught[2], [n / 2 for n in nothing]),
-        "there a text is ahead of both kinds of noise": all(
-            all_less(from_start("text"), from_start(noise))
-            for noise in ("random, 0.02", "random, 1")
+        "words of zeros and of noise of 0.02, and noise of 1 is last, in every pair": (
+            starts_in_order()
         ),
         "in the search, each larger rate was worse": min(rates.values()) == rates[0.00012]
         and (larger := [rates[lr] for lr in sorted(rates) if lr >= 0.00012]) == sorted(larger),
