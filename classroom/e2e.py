@@ -13,8 +13,8 @@ many hours on two cores: --parts and --seeds do it bit by bit, and --report show
 
 Published BLEU scores are of GPT-2 medium, with all data and beam search. Learned inputs of 1, 10
 and 20 tokens have 48.1, 62.2 and 61.9, a prefix 70.3, full fine-tuning 68.8 (Li & Liang). LoRA has
-70.4 (Hu et al. 2021). Li & Liang's section 6.4 is on values that were not trained on. The
-starts of a prefix are those of experiment 7, after fewer steps.
+70.4 (Hu et al. 2021). Li & Liang's section 6.4 is on values that were not trained on. The starts
+of a prefix are those of experiment 7, after fewer steps.
 """
 
 import hashlib

@@ -43,7 +43,8 @@ def directory_of(experiment: Experiment, base: Base, seed: int) -> Path:
         return experiment.base(seed)
     directory = Path("out/bases", f"{base.width}-wide-{base.steps}", str(seed))
     if not (directory / "config.json").exists():
-        pretrain(directory, sizes=(4, 4, base.width, 128), steps=base.steps, seed=seed)
+        sizes = (4, 4, base.width, 128)
+        pretrain(directory, (), sizes, base.steps, seed=seed, device=experiment.device)
     return directory
 
 
@@ -56,7 +57,7 @@ def draw_lines(cells: Cells, axes: Any) -> None:
             shares = [[run["test"] for run in runs] for runs in columns]
             band(axis, xs, shares, label(method, size), "o-")
         axis.set(xscale="log", xlabel="parameters of the base", ylim=(-3, 103), title=name)
-        axis.set_xticks(xs, [f"{x / 1e6:.2g} M" for x in xs], minor=False)
+        axis.set_xticks(xs, [f"{x / 1e6:.2g} M" for x in xs])
         axis.minorticks_off()
     axes[0][0].set_ylabel("% of new records right")
 
@@ -69,12 +70,12 @@ def main(argv: list[str] | None = None) -> None:
             demand, own = DEMANDS[name], directory_of(experiment, base, seed)
             n = {"train": 1000 if demand.N == 36 else 4000, "validation": 100, "test": 300}
             examples = {split: examples_of(demand, split, n[split], seed) for split in n}
-            run = experiment.prepared(examples, method, seed, own, size, lr, STEPS, BATCH)
-            found = {"parameters": sum(p.numel() for p in run.model.parameters())}
+            ready = experiment.prepared(examples, method, seed, own, size, lr, STEPS, BATCH)
+            found = {"parameters": sum(p.numel() for p in ready.model.parameters())}
             found |= {"base_loss": read_json(own / TRAINING)["loss"]}
-            found |= {"trained": n_trainable(run.model, run.adapters)}
-            found |= {"loss": looks_of(run)[-1]["validation"]}
-            scores = evaluate(run.model, run.adapters, run.rows["test"], 50)
+            found |= {"trained": n_trainable(ready.model, ready.adapters)}
+            found |= {"loss": looks_of(ready)[-1]["validation"]}
+            scores = evaluate(ready.model, ready.adapters, ready.rows["test"], 50)
             return found | {"test": scores.exact_match()}
 
         settings = {"base": list(base), "demand": name, "method": method, "size": size}
